@@ -1,0 +1,22 @@
+"""mixzoo: a zoo of token mixers. See README.md for a tour."""
+
+from .mixers import create_mixer, list_mixers, nchw, register_mixer
+from .models import MetaFormer, MetaFormerBlock, ResidualBranch, create_model, list_models
+from .weights import load, load_checkpoint, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MetaFormer",
+    "MetaFormerBlock",
+    "ResidualBranch",
+    "create_mixer",
+    "create_model",
+    "list_mixers",
+    "list_models",
+    "load",
+    "load_checkpoint",
+    "nchw",
+    "register_mixer",
+    "save",
+]

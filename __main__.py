@@ -1,0 +1,7 @@
+"""``python -m mixzoo`` is the command ``mixzoo``."""
+
+import sys
+
+from .scripts.cli import main
+
+sys.exit(main())

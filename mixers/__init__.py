@@ -1,0 +1,32 @@
+"""Token mixers: one file each, one registry.
+
+A token mixer maps a channels-last grid to a grid of the same shape, ``(B, *grid, C) -> (B, *grid, C)``.
+
+Letters of shapes, here and in `mixzoo.models`: B batch, H W sides of an image grid, N tokens, C channels,
+G groups or heads, D head width, L time steps, P patches, M hidden width.
+"""
+
+from . import _channel_mlp, attention, identity, pooling, random, separable_conv, spatial_fc  # noqa: F401 - registers them
+from ._layers import nchw
+from ._registry import (
+    CHANNEL_MIXERS,
+    TOKEN_MIXERS,
+    MixerInfo,
+    create_mixer,
+    list_mixers,
+    parse_spec,
+    register_channel_mixer,
+    register_mixer,
+)
+
+__all__ = [
+    "CHANNEL_MIXERS",
+    "TOKEN_MIXERS",
+    "MixerInfo",
+    "create_mixer",
+    "list_mixers",
+    "nchw",
+    "parse_spec",
+    "register_channel_mixer",
+    "register_mixer",
+]

@@ -1,0 +1,212 @@
+"""Small layers that mixers and blocks share: activations, norms, the NCHW wrapper, grid resizing.
+
+All maps are channels-last, ``(B, *grid, C)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
+from torch import Tensor
+
+
+def is_symbolic(x: Tensor) -> bool:
+    """Whether ``x`` stands for any tensor, in a graph being captured, so that Python must not branch on its shape."""
+    return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+class _StarReLUFunction(torch.autograd.Function):
+    """y = s relu(x)^2 + b that keeps x alone for its backward: dx = 2 s relu(x) g, ds = sum g relu(x)^2, db = sum g."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        # in place on a fresh tensor; one-element operands keep the CPU loops vectorised, which addcmul's do not
+        y = torch.relu(x)
+        return y.mul_(y).mul_(scale).add_(bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, scale, _ = inputs
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, scale = ctx.saved_tensors
+        active = torch.relu(x)
+        slope = grad * active
+        grad_scale = (slope * active).sum().reshape(1) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum().reshape(1) if ctx.needs_input_grad[2] else None
+        return slope * (2 * scale), grad_scale, grad_bias
+
+
+@register_notrace_module
+class StarReLU(nn.Module):
+    """StarReLU, ``s relu(x)^2 + b`` with one learnable pair (s, b) a site (arXiv:2210.13452).
+
+    One tensor is kept for the backward pass where the composed form keeps three. Input and output: any shape.
+    """
+
+    def __init__(self, scale: float = 1.0, bias: float = 0.0, *, device=None, dtype=None):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), scale, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.full((1,), bias, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # under autocast x is narrower than the parameters and must stay so
+        scale, bias = self.scale.to(x.dtype), self.bias.to(x.dtype)
+        if torch.jit.is_scripting() or is_symbolic(x):
+            return scale * torch.relu(x).square() + bias
+        else:
+            return _StarReLUFunction.apply(x, scale, bias)
+
+
+class SquaredReLU(nn.Module):
+    """relu(x)^2. Input and output: any shape."""
+
+    def __init__(self, *, device=None, dtype=None):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
+
+class _GELU(nn.GELU):
+    def __init__(self, approximate: str = "none", *, device=None, dtype=None):
+        super().__init__(approximate)
+
+
+_ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
+    "gelu": _GELU,
+    "gelu_tanh": partial(_GELU, "tanh"),
+    "star_relu": StarReLU,
+    "squared_relu": SquaredReLU,
+}
+
+
+def make_activation(name: str, *, device=None, dtype=None) -> nn.Module:
+    """The activation of that name: gelu (erf form), gelu_tanh, star_relu, squared_relu."""
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"no activation named {name!r}; allowed: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name](device=device, dtype=dtype)
+
+
+@register_notrace_module
+class GroupNorm(nn.Module):
+    """Group norm with one group, the "modified layer norm" of PoolFormer, on ``(B, *grid, C)``.
+
+        y = (x - mean) / sqrt(var + eps) * weight + bias,  mean and variance over grid and channels of a sample
+
+    Statistics depend on the whole grid: they see padding and, in a sequence, the future.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cpu:
+            # a channels-last map is this NCHW view without a copy, and the CPU kernel keeps its layout
+            view = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)  # (B, C, N, 1)
+            y = F.group_norm(view, 1, self.weight, self.bias, self.eps)
+            return y.permute(0, 2, 3, 1).reshape(x.shape)  # (B, *grid, C)
+        # elsewhere group_norm would leave channels-first memory behind
+        y = F.layer_norm(x, x.shape[1:], None, None, self.eps) * self.weight
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
+
+
+_NORMS: dict[str, Callable[..., nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "layer_nobias": partial(nn.LayerNorm, bias=False),
+    "group": GroupNorm,
+    "group_nobias": partial(GroupNorm, bias=False),
+}
+
+
+def make_norm(name: str | None, dim: int, *, eps: float, device=None, dtype=None) -> nn.Module:
+    """The norm of that name over channels-last maps; None gives the identity.
+
+    ``layer``: mean and variance over the channels of a position; ``group``: over grid and channels of a sample;
+    both with a weight per channel and, unless ``_nobias``, a bias.
+    """
+    if name is None:
+        return nn.Identity()
+    if name not in _NORMS:
+        raise ValueError(f"no norm named {name!r}; allowed: {', '.join(_NORMS)} or None")
+    return _NORMS[name](dim, eps=eps, device=device, dtype=dtype)
+
+
+class NCHW(nn.Module):
+    """A channels-last mixer for code that keeps channels first: ``(B, C, *grid) -> (B, C, *grid)``."""
+
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mixer(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def nchw(mixer: nn.Module) -> NCHW:
+    """Wrap a mixer for maps ``(B, C, H, W)`` or ``(B, C, N)``; in `torch.channels_last` memory nothing is copied.
+
+    >>> block = nchw(create_mixer("pooling", 64))
+    >>> block(torch.randn(2, 64, 7, 9)).shape
+    torch.Size([2, 64, 7, 9])
+    """
+    return NCHW(mixer)
+
+
+def check_grid(x: Tensor, grid: Sequence[int], name: str) -> None:
+    """Raise unless ``x`` is ``(B, *grid, C)``; graphs are captured without the check.
+
+    Raises:
+        ValueError: the map has another grid than the mixer's parameters.
+    """
+    if not is_symbolic(x) and list(x.shape[1:-1]) != list(grid):
+        raise ValueError(
+            f"{name} was built for the grid {list(grid)} but got a map of grid {list(x.shape[1:-1])}; "
+            "call set_grid_size on the mixer, or set_input_size on the model, first"
+        )
+
+
+def resample(values: Tensor, grid: Sequence[int], mode: str) -> Tensor:
+    """Resample ``(K, C, *old_grid)`` to ``(K, C, *grid)`` in float32; mode "cubic" (rank 1, 2), "linear" or "nearest".
+
+    Corners are not aligned, and smaller grids are not low-pass filtered first.
+    """
+    dtype, rank = values.dtype, values.ndim - 2
+    grid = tuple(grid)
+    values = values.float()
+    if rank == 1:
+        values, grid = values.unsqueeze(2), (1, *grid)
+    linear = "trilinear" if rank == 3 else "bilinear"
+    name = {"cubic": "bicubic", "linear": linear, "nearest": "nearest-exact"}[mode]
+    options = {} if mode == "nearest" else {"align_corners": False}
+    values = F.interpolate(values, size=grid, mode=name, **options)
+    return (values.squeeze(2) if rank == 1 else values).to(dtype)
+
+
+def resample_token_matrix(matrix: Tensor, old: Sequence[int], new: Sequence[int], mode: str = "linear") -> Tensor:
+    """Resample an ``(N_out, N_in)`` matrix over tokens from one grid to another on both of its sides.
+
+    Rows are sampled at the new output positions. Columns are sampled at the new input positions and scaled by
+    N_in / N_in_new, so that a constant map keeps its image.
+    """
+    old, new = tuple(old), tuple(new)
+    n_old, n_new = math.prod(old), math.prod(new)
+    rows = resample(matrix.T.reshape(n_old, 1, *old), new, mode).reshape(n_old, n_new)  # (N_in, N_out')
+    both = resample(rows.T.reshape(n_new, 1, *old), new, mode).reshape(n_new, n_new)  # (N_out', N_in')
+    return both * (n_old / n_new)

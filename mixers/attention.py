@@ -1,0 +1,70 @@
+"""Multi-head self-attention over all positions of the grid.
+
+Papers: arXiv:2111.11418 (v1 ablations), arXiv:2210.13452 (CAFormer). Checked against sail-sg/poolformer at a075575 and
+sail-sg/metaformer at 64c534a.
+
+    [q, k, v] = x Wqkv
+    y = softmax(q k^T / sqrt(D)) v Wproj        x, y: (B, *grid, C), G heads of width D = head_dim, inner width G D
+
+No position encoding and no norm of q or k. The softmax runs inside `scaled_dot_product_attention`, which keeps its
+statistics in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._registry import register_mixer
+
+
+@register_mixer("attention", ranks=(1, 2, 3), paper="arXiv:1706.03762")
+class Attention(nn.Module):
+    """Self-attention with heads of fixed width.
+
+    Args:
+        dim: channels C.
+        head_dim: head width D; there are max(1, C // D) heads, so the inner width may differ from C.
+        qkv_bias, proj_bias: biases of the two linear layers.
+        attn_drop, proj_drop: dropout of the attention weights and of the output.
+
+    Shapes: ``(B, *grid, C) -> (B, *grid, C)``, any grid.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        rank: int = 2,
+        grid_size: Sequence[int] | None = None,
+        head_dim: int = 32,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if head_dim < 1:
+            raise ValueError(f"head_dim must be positive, not {head_dim}")
+        dd = {"device": device, "dtype": dtype}
+        self.head_dim = head_dim
+        self.num_heads = max(1, dim // head_dim)
+        inner = self.num_heads * head_dim
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(inner, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, -2)  # (B, N, C)
+        B, N, _ = tokens.shape
+        qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, G, N, D)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim)
+        return self.proj_drop(self.proj(y)).reshape(x.shape)

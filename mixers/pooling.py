@@ -1,0 +1,64 @@
+"""Average pooling as a token mixer.
+
+Papers: arXiv:2111.11418 (PoolFormer), arXiv:2210.13452 (PoolFormerV2). Checked against sail-sg/poolformer at a075575.
+
+    y = P(x) - x        x, y: (B, *grid, C)
+
+P averages the k^rank neighbourhood at stride 1. The divisor counts positions inside the map only, so P keeps
+constants and y is zero on them: a bias just before this mixer has no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._registry import register_mixer
+
+
+@register_mixer("pooling", ranks=(1, 2, 3), paper="arXiv:2111.11418")
+class Pooling(nn.Module):
+    """P(x) - x with an average over ``pool_size`` positions along every axis of the grid.
+
+    Args:
+        dim: channels; the mixer has no parameters.
+        rank: 1, 2 or 3.
+        pool_size: odd number of positions.
+
+    Shapes: ``(B, *grid, C) -> (B, *grid, C)``.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        rank: int = 2,
+        grid_size: Sequence[int] | None = None,
+        pool_size: int = 3,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        if pool_size < 1 or pool_size % 2 == 0:
+            raise ValueError(f"pool_size must be odd and positive, so that the map keeps its size; got {pool_size}")
+        self.rank = rank
+        self.pool_size = pool_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        k, pad = self.pool_size, self.pool_size // 2
+        if self.rank == 1:
+            # as an image of width 1, since the channels-last kernel exists for images alone
+            view = x.unsqueeze(2).permute(0, 3, 1, 2)  # (B, C, N, 1)
+            pooled = F.avg_pool2d(view, (k, 1), 1, (pad, 0), count_include_pad=False)
+            return pooled.permute(0, 2, 3, 1).squeeze(2) - x
+        if self.rank == 2:
+            pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), k, 1, pad, count_include_pad=False)
+            return pooled.permute(0, 2, 3, 1) - x
+        pooled = F.avg_pool3d(x.permute(0, 4, 1, 2, 3), k, 1, pad, count_include_pad=False)
+        return pooled.permute(0, 2, 3, 4, 1) - x
+
+    def extra_repr(self) -> str:
+        return f"pool_size={self.pool_size}, rank={self.rank}"
