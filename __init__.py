@@ -2,9 +2,13 @@
 
 from .mixers import create_mixer, list_mixers, nchw, register_mixer
 from .models import MetaFormer, MetaFormerBlock, ResidualBranch, create_model, list_models
+from .models.timm_bridge import register_all
 from .weights import load, load_checkpoint, save
 
 __version__ = "0.1.0"
+
+# after the releases are known, so that timm lists them as tags
+register_all()
 
 __all__ = [
     "MetaFormer",

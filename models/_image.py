@@ -269,7 +269,7 @@ class ImageBackbone(nn.Module):
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.head_hidden_size = self.head.dim = self.feature_info[last]["num_chs"]
         if prune_norm or shortened:
             self.head.norm = nn.Identity()
         if prune_head or shortened:

@@ -246,8 +246,8 @@ class MetaFormer(ImageBackbone):
             for stage, grid in self._bound.items():
                 if stage < len(grids) and grids[stage] != grid:
                     raise ValueError(
-                        f"input size {tuple(img_size)} gives the grid {grids[stage]} at stage {stage}, whose parameters "
-                        f"are bound to {grid}: give images of {self.img_size} pixels, or call "
+                        f"input size {tuple(img_size)} gives the grid {grids[stage]} at stage {stage}, whose "
+                        f"parameters are bound to {grid}: give images of {self.img_size} pixels, or call "
                         f"set_input_size({tuple(img_size)}) first"
                     )
 
@@ -271,12 +271,12 @@ class MetaFormer(ImageBackbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.blocks\.(\d+)"
-        entries = [(r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,))]
-        return {
-            "stem": r"^stem",
-            "blocks": blocks if coarse else [(blocks, None), *entries, (r"^head\.norm", (99999,))],
-        }
+        blocks = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
+            (r"^head\.norm", (99999,)),
+        ]
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
 
 def _per_stage(value: Any, stages: int) -> list[float | None]:

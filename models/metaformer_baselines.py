@@ -2,7 +2,7 @@
 
 Paper: arXiv:2210.13452 (MetaFormer baselines for vision). Checked against sail-sg/metaformer at 64c534a.
 
-    x <- r1 x + mixer(norm1(x));  x <- r2 x + mlp(norm2(x))        norms without bias, StarReLU, r in stages 3 and 4 only
+    x <- r1 x + mixer(norm1(x));  x <- r2 x + mlp(norm2(x))        no biases; StarReLU; r in stages 3, 4
 
 The head pools, then norms; ConvFormer and CAFormer classify with an MLP. "s36" and "m36" mean other depths and widths
 in ConvFormer and CAFormer than in the rest.

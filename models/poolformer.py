@@ -1,6 +1,6 @@
 """PoolFormer and the ablations of its paper.
 
-Paper: arXiv:2111.11418 (MetaFormer is actually what you need for vision). Checked against sail-sg/poolformer at a075575.
+Paper: arXiv:2111.11418 (MetaFormer is actually what you need for vision). Checked against sail-sg/poolformer a075575.
 
     x <- x + l1 mixer(norm1(x));  x <- x + l2 mlp(norm2(x))        GroupNorm(1), layer scale, GELU
 

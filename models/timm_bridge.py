@@ -96,9 +96,9 @@ def _weights_of(spec: ModelSpec, cfg: PretrainedCfg) -> Any:
         return load_state_dict_from_path(cfg.file)
     if cfg.state_dict or cfg.file:
         return cfg.state_dict or cfg.file
-    release = f"{spec.name}.{cfg.tag}"
+    release = f"{spec.name}.{cfg.tag}" if cfg.tag else spec.name
     if not cfg.tag or not releases_of(spec.name)[release].has_weights:
-        raise RuntimeError(f"no pretrained weights were released for {release.rstrip('.None')!r}")
+        raise RuntimeError(f"no pretrained weights were released for {release!r}")
     return release
 
 
@@ -140,6 +140,6 @@ def build(spec: ModelSpec, release: str | None, *, pretrained: bool, checkpoint:
     if pretrained and checkpoint is not None:
         raise ValueError("give pretrained=True or checkpoint=, not both")
     tag = release.partition(".")[2] if release else ""
-    cfg = PretrainedCfg(**_cfgs(spec)[tag], architecture=spec.name, tag=tag or None)
+    cfg = PretrainedCfg(**_cfgs(spec)[tag], architecture=_NAMES.get(spec.name, spec.name), tag=tag or None)
     weights = _weights_of(spec, cfg) if pretrained else checkpoint
     return _build(spec, cfg, weights, options)

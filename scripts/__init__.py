@@ -1,0 +1,1 @@
+"""What a user runs; `mixzoo.scripts.cli` fronts the rest as the command ``mixzoo``."""

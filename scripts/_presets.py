@@ -1,0 +1,136 @@
+"""Recipes: what `mixzoo finetune --preset` stands for, one row for training from scratch and one for tuning weights.
+
+A figure stands here only if it was measured with the row as it is and the command beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ._classification import Augmentation
+
+_RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of the options of the same names, and the augmentation.
+
+    Attributes:
+        img_size: input side in pixels; None for the size of the images, or the one the weights were trained at.
+        stem: "patch": the model's own; "small": 3x3, stride 1; "auto": small for small inputs from scratch.
+        lr: for ``batch_size`` images an update; another batch scales it in proportion.
+        evidence: command, accuracy, hardware and time, as measured; empty if it was not.
+    """
+
+    img_size: int | None
+    epochs: int
+    batch_size: int
+    lr: float
+    augmentation: Augmentation
+    stem: str = "auto"
+    optimizer: str = "adamw"
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    warmup: float = 0.0
+    drop_path: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    smoothing: float = 0.1
+    ema: float = 0.0
+    grad_clip: float = 0.0
+    evidence: str = ""
+
+
+# (preset, start): start is "scratch" or "tuned", from weights
+PRESETS: dict[tuple[str, str], Recipe] = {
+    # handwriting has no mirror image and no crops; small shifts and turns are how writers differ
+    ("digits", "scratch"): Recipe(
+        img_size=32,
+        stem="patch",
+        epochs=24,
+        batch_size=32,
+        lr=1e-3,
+        augmentation=Augmentation(affine=(5.0, 0.05, 0.05)),
+        warmup=1.0,
+        grad_clip=1.0,
+    ),
+    ("digits", "tuned"): Recipe(
+        img_size=None,
+        epochs=10,
+        batch_size=32,
+        lr=2e-4,
+        augmentation=Augmentation(affine=(5.0, 0.05, 0.05)),
+        layer_decay=0.9,
+        warmup=1.0,
+        grad_clip=1.0,
+    ),
+    # images of up to 64 pixels
+    ("cifar", "scratch"): Recipe(
+        img_size=None,
+        epochs=200,
+        batch_size=128,
+        lr=1e-3,
+        augmentation=Augmentation(crop=0.6, flip=0.5, policy=_RANDAUGMENT, erase=0.25),
+        warmup=10.0,
+        drop_path=0.1,
+        mixup=0.8,
+        cutmix=1.0,
+        grad_clip=1.0,
+    ),
+    ("cifar", "tuned"): Recipe(
+        img_size=None,
+        epochs=10,
+        batch_size=64,
+        lr=2e-4,
+        augmentation=Augmentation(crop=0.6, flip=0.5, policy=_RANDAUGMENT),
+        layer_decay=0.8,
+        warmup=1.0,
+        drop_path=0.1,
+        grad_clip=1.0,
+    ),
+    # the recipe of arXiv:2111.11418 and arXiv:2210.13452
+    ("imagenet", "scratch"): Recipe(
+        img_size=224,
+        stem="patch",
+        epochs=300,
+        batch_size=1024,
+        lr=1e-3,
+        augmentation=Augmentation(crop=0.08, flip=0.5, policy=_RANDAUGMENT, erase=0.25),
+        warmup=5.0,
+        drop_path=0.1,
+        mixup=0.8,
+        cutmix=1.0,
+    ),
+    ("imagenet", "tuned"): Recipe(
+        img_size=None,
+        epochs=20,
+        batch_size=64,
+        lr=2e-4,
+        augmentation=Augmentation(crop=0.35, flip=0.5, policy=_RANDAUGMENT, erase=0.25),
+        layer_decay=0.8,
+        warmup=2.0,
+        drop_path=0.1,
+        grad_clip=1.0,
+    ),
+}
+NAMES = tuple(dict.fromkeys(name for name, _ in PRESETS))
+# images of up to this side are trained as "cifar"
+_SMALL_IMAGE = 64
+
+
+def preset_for(source: str, size: tuple[int, int]) -> str:
+    """The preset that suits a data source with images of this size: `--preset auto`."""
+    if source == "digits":
+        return "digits"
+    return "cifar" if max(size) <= _SMALL_IMAGE else "imagenet"
+
+
+def table() -> str:
+    """All presets as lines of text, for `--help`."""
+    lines = []
+    for (name, start), row in PRESETS.items():
+        values = f"{row.epochs} epochs, batch {row.batch_size}, lr {row.lr:g}, layer decay {row.layer_decay:g}"
+        lines.append(f"  {name:<9}{start:<8} {values}")
+        lines += [f"{'':20}{line}" for line in row.evidence.splitlines()]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""Checkpoints: releases, key rules, loading, saving.
+
+One file per family registers its releases and its layouts; `_rules` is the engine that reads them in both directions.
+"""
+
+from . import metaformer_baselines, poolformer
+from ._fetch import fetch, find_release
+from ._files import CheckpointError
+from ._load import LoadReport, load_checkpoint, load_pretrained
+from ._rules import LAYOUTS, Layout, Rule, export
+from ._save import load, save
+
+__all__ = [
+    "LAYOUTS",
+    "CheckpointError",
+    "Layout",
+    "LoadReport",
+    "Rule",
+    "export",
+    "fetch",
+    "find_release",
+    "load",
+    "load_checkpoint",
+    "load_pretrained",
+    "metaformer_baselines",
+    "poolformer",
+    "save",
+]
