@@ -57,8 +57,12 @@ class Pooling(nn.Module):
         if self.rank == 2:
             pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), k, 1, pad, count_include_pad=False)
             return pooled.permute(0, 2, 3, 1) - x
-        pooled = F.avg_pool3d(x.permute(0, 4, 1, 2, 3), k, 1, pad, count_include_pad=False)
-        return pooled.permute(0, 2, 3, 4, 1) - x
+        # means over valid positions factor over the axes, and the 3-D kernel lacks bfloat16 and maps smaller than k
+        planes = x.flatten(0, 1).permute(0, 3, 1, 2)  # (B D, C, H, W)
+        pooled = F.avg_pool2d(planes, k, 1, pad, count_include_pad=False).permute(0, 2, 3, 1)
+        columns = pooled.reshape(x.shape).flatten(2, 3).permute(0, 3, 1, 2)  # (B, C, D, H W)
+        pooled = F.avg_pool2d(columns, (k, 1), 1, (pad, 0), count_include_pad=False)
+        return pooled.permute(0, 2, 3, 1).reshape(x.shape) - x
 
     def extra_repr(self) -> str:
         return f"pool_size={self.pool_size}, rank={self.rank}"

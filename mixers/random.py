@@ -55,6 +55,8 @@ class RandomMixing(nn.Module):
 
     def set_grid_size(self, grid_size: Sequence[int]) -> None:
         """Resize R to another grid, see `resize_grid_state`; before optimizer, DDP or compile."""
+        if tuple(grid_size) == self.grid_size:
+            return
         state = self.resize_grid_state({"random_matrix": self.random_matrix.data}, self.grid_size, grid_size)
         self.random_matrix = nn.Parameter(state["random_matrix"], requires_grad=False)
         self.grid_size = tuple(grid_size)

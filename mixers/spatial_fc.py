@@ -43,6 +43,8 @@ class SpatialFC(nn.Module):
 
     def set_grid_size(self, grid_size: Sequence[int]) -> None:
         """Resize W to another grid, see `resize_grid_state`; before optimizer, DDP or compile."""
+        if tuple(grid_size) == self.grid_size:
+            return
         state = self.resize_grid_state({"fc.weight": self.fc.weight.data}, self.grid_size, grid_size)
         self.fc.weight = nn.Parameter(state["fc.weight"], requires_grad=self.fc.weight.requires_grad)
         self.fc.in_features = self.fc.out_features = self.fc.weight.shape[0]

@@ -134,7 +134,7 @@ def to_size(img_size: int | Sequence[int], name: str = "img_size") -> tuple[int,
     Raises:
         ValueError: not one or two positive integers.
     """
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    sides = (img_size, img_size) if isinstance(img_size, int | float) else tuple(img_size)
     if len(sides) != 2 or any(isinstance(s, bool) or int(s) != s or s < 1 for s in sides):
         raise ValueError(f"{name} must be a side in pixels or a pair (H, W), not {img_size!r}")
     return int(sides[0]), int(sides[1])

@@ -39,7 +39,7 @@ def run_sliced(blocks: nn.Sequential, x: Tensor, hidden: int) -> Tensor:
     """
     if is_symbolic(x) or x.device.type != "cpu":
         return blocks(x)
-    size = max(1, SLICE_BYTES // (x[0, ..., 0].numel() * hidden * x.element_size()))
+    size = max(1, SLICE_BYTES // (x.shape[1:-1].numel() * hidden * x.element_size()))
     if size >= x.shape[0] or _observed(blocks) or _mixes_batch(blocks):
         return blocks(x)
     return torch.cat([blocks(part) for part in x.split(size)])

@@ -17,7 +17,7 @@ import mixzoo
 from mixzoo.mixers import TOKEN_MIXERS, MixerInfo
 
 DIM = 32
-GRIDS = {1: ((9,), (16,)), 2: ((5, 7), (8, 6)), 3: ((3, 5, 4), (2, 2, 3))}
+GRIDS = {1: ((9,), (2,)), 2: ((5, 7), (1, 6)), 3: ((3, 5, 4), (2, 2, 3))}
 # (mixer, parameter) -> why its gradient is zero
 WITHOUT_GRADIENT: dict[tuple[str, str], str] = {}
 
@@ -120,6 +120,8 @@ def test_autocast(name, rank, dtype):
 def test_compiles_without_graph_breaks(name, rank):
     grid = GRIDS[rank][0]
     mixer, x = build(name, grid), maps(grid)
+    # recompilations are limited, and a mixer's ranks share its code
+    torch.compiler.reset()
     outputs, gradients = [], []
     for run in (mixer, torch.compile(mixer, backend="aot_eager", fullgraph=True)):
         leaf = x.clone().requires_grad_()

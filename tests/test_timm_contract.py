@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import math
-import zlib
 
 import pytest
 import timm
@@ -17,7 +16,7 @@ import torch
 from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_layer_decay
-from torch import Tensor, nn
+from torch import Tensor
 
 import mixzoo
 from mixzoo.models._registry import MODELS
@@ -25,56 +24,20 @@ from mixzoo.models.timm_bridge import timm_name
 
 SIZE = (64, 48)
 CLASSES = 7
-NAMES = sorted(name for name, spec in MODELS.items() if spec.modality == "image" and spec.timm)
-TINY = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
 
 
-def kinds(names: list[str]) -> list[str]:
-    """One name of those that differ in depths and widths alone, which `shrink` overrides."""
-    rows = {name: {k: v for k, v in MODELS[name].row.items() if k not in TINY} for name in names}
-    return list({(MODELS[name].skeleton, repr(sorted(row.items()))): name for name, row in rows.items()}.values())
-
-
-each_model = pytest.mark.parametrize("name", NAMES)
-each_kind = pytest.mark.parametrize("name", kinds(NAMES))
-
-
-def shrink(name: str) -> dict:
-    """Keywords that make a model small and leave the parts and options of its row alone."""
-    row = MODELS[name].row
-    return {key: value[: len(row[key])] for key, value in TINY.items() if key in row}
-
-
-def tiny(name: str, **options) -> nn.Module:
-    """The model, small enough for hundreds of tests."""
-    model = mixzoo.create_model(name, **{"img_size": SIZE, "num_classes": CLASSES} | shrink(name) | options)
-    return randomise(model).eval()
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Values that depend on a parameter's name alone, also inside timm's feature wrappers; scales keep their mean."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.device.type == "meta":
-                continue
-            name = name.removeprefix("model.").replace("stages_", "stages.")
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            if parameter.ndim > 1:
-                parameter.copy_(noise * parameter[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                parameter.copy_(0.2 * noise)
-            else:
-                parameter += 0.2 * noise
-    return model
+@pytest.fixture
+def tiny(small):
+    """``tiny(name, **options)``: a small model for images of SIZE and CLASSES classes."""
+    return lambda name, **options: small(name, **{"img_size": SIZE, "num_classes": CLASSES} | options)
 
 
 def images(batch: int = 2, channels: int = 3, size: tuple[int, int] = SIZE) -> Tensor:
     return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
 
 
-@each_kind
-def test_shapes_follow_the_attributes(name):
-    model, x = tiny(name), images()
+def test_shapes_follow_the_attributes(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     with torch.no_grad():
         features = model.forward_features(x)
         pooled = model.forward_head(features, pre_logits=True)
@@ -87,9 +50,8 @@ def test_shapes_follow_the_attributes(name):
     assert list(model.get_classifier().parameters())
 
 
-@each_kind
-def test_reset_classifier(name):
-    model, x = tiny(name), images()
+def test_reset_classifier(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     with torch.no_grad():
         features = model.forward_features(x)
         pooled = model.forward_head(features, pre_logits=True)
@@ -103,9 +65,8 @@ def test_reset_classifier(name):
         torch.testing.assert_close(model.forward_head(features, pre_logits=True), pooled)
 
 
-@each_kind
-def test_reset_classifier_keeps_the_pooling(name):
-    model, x = tiny(name, global_pool="max"), images()
+def test_reset_classifier_keeps_the_pooling(classifier_kind, tiny):
+    model, x = tiny(classifier_kind, global_pool="max"), images()
     with torch.no_grad():
         features = model.forward_features(x)
         pooled = model.forward_head(features, pre_logits=True)
@@ -115,11 +76,10 @@ def test_reset_classifier_keeps_the_pooling(name):
         assert not torch.allclose(model.forward_head(features, pre_logits=True), pooled)
 
 
-@each_kind
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("training", [False, True])
-def test_new_classifier_inherits_device_dtype_and_mode(name, device, training):
-    model = tiny(name).train(training).to(device=device, dtype=torch.float64)
+def test_new_classifier_inherits_device_dtype_and_mode(classifier_kind, tiny, device, training):
+    model = tiny(classifier_kind).train(training).to(device=device, dtype=torch.float64)
     model.reset_classifier(0)
     model.reset_classifier(2)
     parameters = list(model.get_classifier().parameters())
@@ -128,30 +88,29 @@ def test_new_classifier_inherits_device_dtype_and_mode(name, device, training):
     assert all(module.training == training for module in model.modules())
 
 
-@each_kind
-def test_frozen_model_stays_frozen(name):
-    model = tiny(name).requires_grad_(False)
+def test_frozen_model_stays_frozen(classifier_kind, tiny):
+    model = tiny(classifier_kind).requires_grad_(False)
     model.reset_classifier(0)
     model.reset_classifier(0, "")
     model.set_input_size((2 * SIZE[0], 2 * SIZE[1]))
     assert not [n for n, p in model.named_parameters() if p.requires_grad]
 
 
-@each_kind
-def test_constructor_without_classifier_or_pooling(name):
+def test_constructor_without_classifier_or_pooling(classifier_kind, tiny):
     x = images()
-    full = tiny(name)
+    full = tiny(classifier_kind)
     with torch.no_grad():
         features = full.forward_features(x)
-        torch.testing.assert_close(tiny(name, num_classes=0)(x), full.forward_head(features, pre_logits=True))
-        assert tiny(name, num_classes=0, global_pool="")(x).shape == features.shape
+        torch.testing.assert_close(
+            tiny(classifier_kind, num_classes=0)(x), full.forward_head(features, pre_logits=True)
+        )
+        assert tiny(classifier_kind, num_classes=0, global_pool="")(x).shape == features.shape
 
 
-@each_kind
-def test_features_only_gives_the_models_own_maps(name):
+def test_features_only_gives_the_models_own_maps(classifier_kind, tiny):
     x = images()
-    model = tiny(name)
-    backbone = tiny(name, features_only=True)
+    model = tiny(classifier_kind)
+    backbone = tiny(classifier_kind, features_only=True)
     info = backbone.feature_info
     with torch.no_grad():
         expected = model.forward_intermediates(x, intermediates_only=True)
@@ -165,18 +124,16 @@ def test_features_only_gives_the_models_own_maps(name):
     assert info.reduction() == sorted(info.reduction())
 
 
-@each_kind
-def test_features_only_takes_chosen_maps(name):
-    backbone = tiny(name, features_only=True, out_indices=(1, -1))
-    levels = len(TINY["depths"])
+def test_features_only_takes_chosen_maps(classifier_kind, tiny):
+    backbone = tiny(classifier_kind, features_only=True, out_indices=(1, -1))
+    levels = len(tiny(classifier_kind).feature_info)
     assert [info["index"] for info in backbone.feature_info.get_dicts()] == [1, levels - 1]
     with torch.no_grad():
         assert [m.shape[1] for m in backbone(images())] == backbone.feature_info.channels()
 
 
-@each_kind
-def test_forward_intermediates(name):
-    model, x = tiny(name), images()
+def test_forward_intermediates(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     last = len(model.feature_info) - 1
     with torch.no_grad():
         features = model.forward_features(x)
@@ -200,18 +157,16 @@ def test_forward_intermediates(name):
         assert not torch.allclose(normed[-1], maps[-1])
 
 
-@each_kind
-def test_forward_intermediates_refuses_impossible_requests(name):
-    model, x = tiny(name), images()
+def test_forward_intermediates_refuses_impossible_requests(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     with pytest.raises(AssertionError, match="out of range"):
         model.forward_intermediates(x, indices=[len(model.feature_info)])
     with pytest.raises((ValueError, AssertionError), match=r"output_fmt|NCHW"):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
-@each_kind
-def test_pruned_models_keep_their_maps(name):
-    model, x = tiny(name), images()
+def test_pruned_models_keep_their_maps(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     last = len(model.feature_info) - 1
     with torch.no_grad():
         maps = model.forward_intermediates(x, intermediates_only=True)
@@ -231,20 +186,18 @@ def test_pruned_models_keep_their_maps(name):
         assert pruned(x).shape == (2, 3)
 
 
-@each_kind
-def test_pruning_shrinks_the_model(name):
-    model = tiny(name)
+def test_pruning_shrinks_the_model(classifier_kind, tiny):
+    model = tiny(classifier_kind)
     before = sum(p.numel() for p in model.parameters())
     model.prune_intermediate_layers([0])
     assert sum(p.numel() for p in model.parameters()) < before / 2
 
 
-@each_kind
-def test_grad_checkpointing_changes_nothing(name):
+def test_grad_checkpointing_changes_nothing(classifier_kind, tiny):
     x = images()
     outputs, gradients = [], []
     for enable in (False, True):
-        model = tiny(name).train()
+        model = tiny(classifier_kind).train()
         model.set_grad_checkpointing(enable)
         outputs.append(model(x))
         outputs[-1].square().sum().backward()
@@ -253,39 +206,35 @@ def test_grad_checkpointing_changes_nothing(name):
     torch.testing.assert_close(*gradients)
 
 
-@each_kind
-def test_group_matcher_orders_parameters_by_depth(name):
-    model = tiny(name)
+def test_group_matcher_orders_parameters_by_depth(classifier_kind, tiny):
+    model = tiny(classifier_kind)
     parameters = dict(model.named_parameters())
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
         assert set(groups) == set(parameters)
         assert len(set(groups.values())) > 1
         stem = [group for n, group in groups.items() if n.startswith("stem.")]
-        classifier = [group for n, group in groups.items() if n.startswith(MODELS[name].classifier)]
+        classifier = [group for n, group in groups.items() if n.startswith(MODELS[classifier_kind].classifier)]
         assert set(stem) == {min(groups.values())}
         assert set(classifier) == {max(groups.values())}
 
 
-@each_kind
-def test_layer_decay_reaches_every_trainable_parameter(name):
-    model = tiny(name)
+def test_layer_decay_reaches_every_trainable_parameter(classifier_kind, tiny):
+    model = tiny(classifier_kind)
     groups = param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5)
     taken = {id(p) for group in groups for p in group["params"]}
     assert taken == {id(p) for p in model.parameters() if p.requires_grad}
     assert len({group["lr_scale"] for group in groups}) > 2
 
 
-@each_kind
-def test_no_weight_decay_names_parameters(name):
-    model = tiny(name)
+def test_no_weight_decay_names_parameters(classifier_kind, tiny):
+    model = tiny(classifier_kind)
     names = [n for n, _ in model.named_parameters()]
     assert all(any(fnmatch.fnmatch(n, pattern) for n in names) for pattern in model.no_weight_decay())
 
 
-@each_kind
-def test_fx_trace(name):
-    model, x = tiny(name), images()
+def test_fx_trace(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     with torch.inference_mode():
         taps = {info["module"]: info["module"] for info in model.feature_info}
         outputs = create_feature_extractor(model, {**taps, "head": "logits"})(x)
@@ -294,30 +243,27 @@ def test_fx_trace(name):
             torch.testing.assert_close(tapped, expected)
 
 
-@each_kind
-def test_fx_trace_trains(name):
-    model = tiny(name, drop_path_rate=0.1).train()
+def test_fx_trace_trains(classifier_kind, tiny):
+    model = tiny(classifier_kind, drop_path_rate=0.1).train()
     traced = create_feature_extractor(model, {"head": "logits"})
     traced(images())["logits"].mean().backward()
     assert not [n for n, p in traced.named_parameters() if p.requires_grad and p.grad is None]
 
 
-@each_kind
-def test_unknown_keywords_are_refused(name):
+def test_unknown_keywords_are_refused(classifier_kind, tiny):
     with pytest.raises(TypeError, match="no_such_option"):
-        tiny(name, no_such_option=1)
+        tiny(classifier_kind, no_such_option=1)
     with pytest.raises(TypeError, match="no_such_option"):
-        timm.create_model(timm_name(name), no_such_option=1)
+        timm.create_model(timm_name(classifier_kind), no_such_option=1)
 
 
-@each_kind
 @pytest.mark.parametrize("how", ["context", "argument"])
-def test_meta_device(name, how):
+def test_meta_device(classifier_kind, tiny, how):
     if how == "context":
         with torch.device("meta"):
-            model = tiny(name)
+            model = tiny(classifier_kind)
     else:
-        model = tiny(name, device="meta", dtype=torch.float32)
+        model = tiny(classifier_kind, device="meta", dtype=torch.float32)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     assert not [n for n, t in tensors.items() if t.device.type != "meta"]
     x = torch.empty(2, 3, *SIZE, device="meta")
@@ -325,9 +271,8 @@ def test_meta_device(name, how):
     assert model.to(torch.bfloat16)(x.to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-@each_kind
-def test_dtype_argument(name):
-    model = tiny(name, dtype=torch.bfloat16)
+def test_dtype_argument(classifier_kind, tiny):
+    model = tiny(classifier_kind, dtype=torch.bfloat16)
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
     with torch.no_grad():
         logits = model(images().to(torch.bfloat16))
@@ -335,10 +280,9 @@ def test_dtype_argument(name):
     assert logits.isfinite().all()
 
 
-@each_kind
-def test_state_dict_is_complete(name):
-    x, model = images(), tiny(name)
-    other = tiny(name)
+def test_state_dict_is_complete(classifier_kind, tiny):
+    x, model = images(), tiny(classifier_kind)
+    other = tiny(classifier_kind)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.uniform_(-1, 1)
@@ -346,33 +290,29 @@ def test_state_dict_is_complete(name):
         torch.testing.assert_close(other(x), model(x))
 
 
-@each_kind
 @pytest.mark.parametrize("channels", [1, 5])
-def test_input_channels(name, channels):
-    model = tiny(name, in_chans=channels)
+def test_input_channels(classifier_kind, tiny, channels):
+    model = tiny(classifier_kind, in_chans=channels)
     assert model.in_chans == channels
     with torch.no_grad():
         assert model(images(channels=channels)).shape == (2, CLASSES)
 
 
-@each_kind
-def test_set_input_size(name):
-    model, larger = tiny(name), (96, 80)
+def test_set_input_size(classifier_kind, tiny):
+    model, larger = tiny(classifier_kind), (96, 80)
     model.set_input_size(larger)
     with torch.no_grad():
         assert model(images(size=larger)).shape == (2, CLASSES)
 
 
-@each_kind
-def test_memory_format_of_the_input_does_not_matter(name):
-    model, x = tiny(name), images()
+def test_memory_format_of_the_input_does_not_matter(classifier_kind, tiny):
+    model, x = tiny(classifier_kind), images()
     with torch.no_grad():
         torch.testing.assert_close(model(x.contiguous(memory_format=torch.channels_last)), model(x))
 
 
-@each_kind
-def test_drop_path_grows_with_depth(name):
-    model = tiny(name, drop_path_rate=0.3)
+def test_drop_path_grows_with_depth(classifier_kind, tiny):
+    model = tiny(classifier_kind, drop_path_rate=0.3)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, timm.layers.DropPath)]
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(0.3)
@@ -381,12 +321,11 @@ def test_drop_path_grows_with_depth(name):
     assert not torch.equal(model(x), model(x))
 
 
-@each_model
-def test_cfg_describes_the_model(name):
+def test_cfg_describes_the_model(classifier_name, shrink):
     with torch.device("meta"):
-        model = mixzoo.create_model(name, **shrink(name))
+        model = mixzoo.create_model(classifier_name, **shrink(classifier_name))
     cfg, keys = model.pretrained_cfg, model.state_dict()
-    assert cfg["architecture"] == timm_name(name)
+    assert cfg["architecture"] == timm_name(classifier_name)
     assert model.in_chans == cfg["input_size"][0]
     assert f"{cfg['first_conv']}.weight" in keys
     assert f"{cfg['classifier']}.weight" in keys
@@ -394,10 +333,9 @@ def test_cfg_describes_the_model(name):
     assert features.shape == (1, model.num_features, *cfg["pool_size"])
 
 
-@each_model
-def test_timm_creates_our_model(name):
+def test_timm_creates_our_model(classifier_name, shrink):
     with torch.device("meta"):
-        theirs = timm.create_model(timm_name(name), **shrink(name))
-        ours = mixzoo.create_model(name, **shrink(name))
+        theirs = timm.create_model(timm_name(classifier_name), **shrink(classifier_name))
+        ours = mixzoo.create_model(classifier_name, **shrink(classifier_name))
     assert type(theirs) is type(ours)
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import os
+import pathlib
 import pickle
 import struct
 
@@ -24,6 +25,7 @@ SAVED_ARGS = {
     "metric": np.float64(0.5),
     "best": np.float32(0.5),
     "counts": collections.defaultdict(int, a=1),
+    "output": pathlib.Path("a/b"),
     "history": [{"top1": 1.0}, (1, 2), {3}],
 }
 
@@ -115,6 +117,7 @@ def saved(data, folder) -> bytes:
     return (folder / "data.pth").read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_is_no_checkpoint(tmp_path, case, suffix):
@@ -131,6 +134,7 @@ def test_what_is_no_checkpoint(tmp_path, case, suffix):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("old_format", [False, True])
 def test_a_pickle_that_runs_code_is_refused(tmp_path, old_format):
     path, folder = tmp_path / "bad.pth", tmp_path / "created"
@@ -159,7 +163,7 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="is a folder"):
         read(tmp_path)
     model = mixzoo.create_model("poolformer_s12", depths=(1, 1, 1, 1))
-    with pytest.raises(FileNotFoundError, match="no such file, and no model named 'poolformer_s13'.*poolformer_s12"):
+    with pytest.raises(FileNotFoundError, match=r"no such file, and no model named 'poolformer_s13'.*poolformer_s12"):
         mixzoo.load_checkpoint(model, "poolformer_s13")
     with pytest.raises(FileNotFoundError, match=r"weights\.pth"):
         mixzoo.load_checkpoint(model, "weights.pth")

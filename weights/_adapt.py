@@ -4,9 +4,9 @@ tensor. Nothing here writes to the model.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,8 +68,9 @@ def grouped(keys: Iterable[str], most: int = 8) -> str:
 
 
 def _summary(keys: Sequence[str]) -> str:
-    prefix = os.path.commonprefix(keys).rpartition(".")[0]
-    start = f"{prefix}." if prefix else ""
+    first, last = min(keys).split("."), max(keys).split(".")
+    common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first[:-1], last[:-1], strict=False))
+    start = "".join(f"{part}." for part, _ in common)
     return f"{start}* ({len(keys)}, first {keys[0].removeprefix(start)})"
 
 

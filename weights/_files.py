@@ -7,7 +7,6 @@ NumPy archives. What is not a checkpoint gives one error that names the file and
 from __future__ import annotations
 
 import argparse
-import collections
 import hashlib
 import pickle
 import re
@@ -182,11 +181,11 @@ def _safe_globals() -> list:
     kinds = (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)
     return [
         argparse.Namespace,
-        collections.defaultdict,
-        dict,
-        list,
-        set,
-        tuple,
+        *(bool, int, float, str, dict, list, set, frozenset, tuple),
+        # torch fills dicts only, and a path is wanted as text
+        (_plain_dict, "collections.defaultdict"),
+        (_joined_path, "pathlib.PosixPath"),
+        (_joined_path, "pathlib.WindowsPath"),
         np.dtype,
         scalar,
         (scalar, "numpy.core.multiarray.scalar"),
@@ -195,10 +194,19 @@ def _safe_globals() -> list:
     ]
 
 
+def _plain_dict(*_factory: Any) -> dict:
+    return {}
+
+
+def _joined_path(*parts: str) -> str:
+    return "/".join(parts)
+
+
 def _read_torch(path: Path) -> Any:
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # by handle: given a name, torch would go by the suffix
+        with open(path, "rb") as file, torch.serialization.safe_globals(_safe_globals()):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch has no class of its own for these: a damaged file may raise almost anything
         refused = _refused(path, error)
@@ -208,7 +216,8 @@ def _read_torch(path: Path) -> Any:
                 "If you trust its author, load it once with torch.load(path, weights_only=False) where nothing is at "
                 "stake and save only the state dict"
             ) from None
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        reason = re.split(r"WeightsUnpickler error:\s*", str(error).strip())[-1].split("\n")[0][:160]
+        reason = reason or type(error).__name__
         raise CheckpointError(f"{path}: is truncated, damaged or not a checkpoint ({reason})") from None
 
 
@@ -217,8 +226,8 @@ def _refused(path: Path, error: Exception) -> list[str]:
     if not isinstance(error, pickle.UnpicklingError):
         return []
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        with open(path, "rb") as file, torch.serialization.safe_globals(_safe_globals()):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # the older format, which torch can only open
         names = []
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class ([\w.]+)", str(error))

@@ -1,0 +1,96 @@
+"""What tests over the registry of models share: names to run on, and small models with telling weights.
+
+A test that takes one of these arguments runs once for each of its values:
+
+    model_name        every registered model
+    model_kind        one name of those that differ in depths, widths and other numbers alone
+    classifier_name   every image classifier, that is, every model in timm's registry
+    classifier_kind   one of a kind of them
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+import mixzoo
+from mixzoo.models._registry import MODELS
+
+# what a small model overrides of its row
+SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    first: dict[tuple, str] = {}
+    for name in names:
+        spec = MODELS[name]
+        row = [(k, "number" if isinstance(v, float) else repr(v)) for k, v in spec.row.items() if k not in SMALL]
+        first.setdefault((spec.skeleton, *sorted(row)), name)
+    return list(first.values())
+
+
+_NAMES = mixzoo.list_models()
+_CLASSIFIERS = [name for name in _NAMES if MODELS[name].modality == "image" and MODELS[name].timm]
+_PARAMETERS = {
+    "model_name": _NAMES,
+    "model_kind": _kinds(_NAMES),
+    "classifier_name": _CLASSIFIERS,
+    "classifier_kind": _kinds(_CLASSIFIERS),
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for argument, names in _PARAMETERS.items():
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, names)
+
+
+def _shrink(name: str) -> dict:
+    row = MODELS[name].row
+    return {key: value[: len(row[key])] for key, value in SMALL.items() if key in row}
+
+
+@pytest.fixture(scope="session")
+def shrink() -> Callable[[str], dict]:
+    """``shrink(name)``: keywords that make a model small and leave the parts and options of its row alone."""
+    return _shrink
+
+
+@pytest.fixture(scope="session")
+def randomise() -> Callable[[nn.Module], nn.Module]:
+    """``randomise(model)``: give every parameter a value that depends on its name alone.
+
+    Scales that start at zero or one would hide what is missing. Names are the same inside timm's feature wrappers;
+    scales keep their mean; matrices keep the size of what passes through them.
+    """
+
+    def run(model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.device.type == "meta":
+                    continue
+                name = name.removeprefix("model.").replace("stages_", "stages.")
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+                if parameter.ndim > 1:
+                    parameter.copy_(noise * parameter[0].numel() ** -0.5)
+                elif name.endswith("bias"):
+                    parameter.copy_(0.2 * noise)
+                else:
+                    parameter += 0.2 * noise
+        return model
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def small(randomise: Callable) -> Callable[..., nn.Module]:
+    """``small(name, **options)``: the model with one narrow block a stage, random values, in eval mode."""
+
+    def build(name: str, **options) -> nn.Module:
+        return randomise(mixzoo.create_model(name, **_shrink(name) | options)).eval()
+
+    return build

@@ -1,0 +1,235 @@
+"""Properties of every registered model, narrow and with one block a stage: a new one is tested by being registered."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mixzoo
+from mixzoo.mixers.pooling import Pooling
+from mixzoo.models import _slicing
+from mixzoo.models._registry import MODELS
+
+SIZE = (64, 48)
+ODD_SIZES = ((65, 33), (47, 96))
+# parameter of a block whose token mixer is of this class -> why its gradient is zero
+WITHOUT_GRADIENT = {("token.norm.bias", Pooling): "pooling minus its input annihilates constants"}
+
+
+def inputs(size: tuple[int, int] = SIZE, batch: int = 3, channels: int = 3) -> Tensor:
+    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def tensors(output: Tensor | list[Tensor]) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else list(output)
+
+
+def total(output: Tensor | list[Tensor]) -> Tensor:
+    """A scalar that depends on every value in its own way."""
+    generator = torch.Generator().manual_seed(2)
+    return sum((y * torch.randn(y.shape, generator=generator)).sum() for y in tensors(output))
+
+
+def values_and_gradients(model: nn.Module, run, x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    output = run(leaf)
+    total(output).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return [y.detach() for y in tensors(output)], gradients | {"input": leaf.grad}
+
+
+def has_no_gradient(model: nn.Module, name: str) -> bool:
+    for suffix, mixer in WITHOUT_GRADIENT:
+        if name.endswith(suffix):
+            return isinstance(model.get_submodule(name.removesuffix("norm.bias") + "op"), mixer)
+    return False
+
+
+def test_every_model_runs(model_name, small):
+    model, x = small(model_name, img_size=SIZE), inputs()
+    with torch.no_grad():
+        for y in tensors(model(x)):
+            assert y.shape[0] == 3
+            assert y.isfinite().all()
+    assert model.config["model"].partition(".")[0] == model_name
+
+
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_odd_sizes(model_kind, small, size):
+    model = small(model_kind, img_size=size)
+    with torch.no_grad():
+        assert all(y.isfinite().all() for y in tensors(model(inputs(size))))
+        if not MODELS[model_kind].fixed_input_size:
+            assert all(y.isfinite().all() for y in tensors(model(inputs((size[1], size[0])))))
+
+
+def test_size_changes_with_set_input_size(model_kind, small):
+    model = small(model_kind, img_size=SIZE)
+    for size in ODD_SIZES:
+        model.set_input_size(size)
+        assert tuple(model.img_size) == size
+        with torch.no_grad():
+            assert all(y.isfinite().all() for y in tensors(model(inputs(size))))
+
+
+def test_fixed_sizes_are_named_when_another_comes(model_kind, small):
+    model = small(model_kind, img_size=SIZE)
+    other = (2 * SIZE[0], SIZE[1])
+    if not MODELS[model_kind].fixed_input_size:
+        model(inputs(other))
+        return
+    with pytest.raises(ValueError, match=rf"{re.escape(str(other))}.*{re.escape(str(SIZE))}.*set_input_size"):
+        model(inputs(other))
+
+
+def test_smallest_size_is_named_and_works(model_kind, small):
+    with pytest.raises(ValueError, match=r"img_size.*at least \d+") as refusal:
+        small(model_kind, img_size=1)
+    smallest = int(re.search(r"at least (\d+)", str(refusal.value))[1])
+    model = small(model_kind, img_size=smallest)
+    with torch.no_grad():
+        assert all(y.isfinite().all() for y in tensors(model(inputs((smallest, smallest)))))
+    with pytest.raises(ValueError, match=f"at least {smallest}"):
+        model(inputs((smallest, smallest - 1)))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, *SIZE), (3, *SIZE), (2, *SIZE, 3)])
+def test_other_tensors_than_images_are_refused(model_kind, small, shape):
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        small(model_kind, img_size=SIZE)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("size", [0, -32, (32,), (32, 32, 32), 31.5])
+def test_impossible_sizes_are_refused(model_kind, small, size):
+    with pytest.raises(ValueError, match="img_size"):
+        small(model_kind, img_size=size)
+
+
+def test_empty_batches_pass(model_kind, small):
+    with torch.no_grad():
+        assert all(y.shape[0] == 0 for y in tensors(small(model_kind, img_size=SIZE)(inputs(batch=0))))
+
+
+def test_gradient_reaches_every_trainable_parameter(model_kind, small):
+    model = small(model_kind, img_size=SIZE).train()
+    _, gradients = values_and_gradients(model, model, inputs())
+    scale = max(gradient.abs().max() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert gradient.isfinite().all(), name
+        reached = gradient.abs().max() > 1e-6 * scale
+        assert reached != has_no_gradient(model, name), name
+
+
+def test_eval_is_deterministic_and_leaves_the_input_alone(model_kind, small):
+    model, x = small(model_kind, img_size=SIZE, drop_path_rate=0.5), inputs()
+    before = x.clone()
+    with torch.no_grad():
+        first, second = tensors(model(x)), tensors(model(x))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(x, before)
+
+
+def test_samples_do_not_see_each_other(model_kind, small):
+    model, x = small(model_kind, img_size=SIZE), inputs()
+    with torch.no_grad():
+        together = tensors(model(x))
+        alone = [torch.cat(parts) for parts in zip(*(tensors(model(part)) for part in x.split([1, 2])), strict=True)]
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+
+
+def test_slices_of_the_batch_change_nothing(model_kind, small, monkeypatch):
+    model, x = small(model_kind, img_size=SIZE).train(), inputs()
+    results = []
+    for slice_bytes in (1, 2**40):
+        monkeypatch.setattr(_slicing, "SLICE_BYTES", slice_bytes)
+        results.append(values_and_gradients(model, model, x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_see_whole_batches(model_kind, small, monkeypatch):
+    monkeypatch.setattr(_slicing, "SLICE_BYTES", 1)
+    model, x = small(model_kind, img_size=SIZE), inputs()
+    expected, seen = model(x), []
+    block = next(module for module in model.modules() if isinstance(module, mixzoo.MetaFormerBlock))
+    block.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [3]
+
+
+def test_compiles_without_graph_breaks(model_kind, small):
+    model, x = small(model_kind, img_size=SIZE), inputs()
+    # recompilations are limited, and all models share their code
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    results = [values_and_gradients(model, run, x) for run in (model, compiled)]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_exports_with_a_free_batch(model_kind, small):
+    model, x = small(model_kind, img_size=SIZE), inputs()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x[:2]), model(x[:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_saved_models_come_back(model_kind, small, tmp_path):
+    model, x = small(model_kind, img_size=SIZE), inputs()
+    model.class_names = [f"class {i}" for i in range(model.num_classes)]
+    mixzoo.save(model, tmp_path / "model.safetensors")
+    back = mixzoo.load(tmp_path / "model.safetensors").eval()
+    assert back.config["model"] == model.config["model"]
+    assert back.class_names == model.class_names
+    assert [p.requires_grad for p in back.parameters()] == [p.requires_grad for p in model.parameters()]
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(tensors(back(x)), tensors(model(x)), strict=True))
+
+
+def test_every_operator_is_counted(model_name, shrink):
+    with torch.device("meta"):
+        model = mixzoo.create_model(model_name, img_size=SIZE, **shrink(model_name))
+    assert not mixzoo.complexity(model, (3, *SIZE)).uncounted
+
+
+@pytest.mark.parametrize("mixer", mixzoo.list_mixers())
+def test_every_mixer_plugs_into_the_open_backbone(mixer, small, tmp_path):
+    if 2 not in mixzoo.list_mixers()[mixer].ranks:
+        pytest.skip(f"{mixer} does not mix images")
+    x = inputs()
+    for spec in (mixer, (mixer, {}), ["identity", mixer, (mixer, {}), [mixer]]):
+        model = small("metaformer_s12", img_size=SIZE, num_classes=5, token_mixer=spec)
+        assert model(x).shape == (3, 5)
+        mixzoo.save(model, tmp_path / "model.safetensors")
+        with torch.no_grad():
+            assert torch.equal(mixzoo.load(tmp_path / "model.safetensors").eval()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "spec", ["no_such_mixer", ["pooling", "pooling"], ("pooling", {"size": 3}), 3, [["pooling"] * 9] * 4]
+)
+def test_impossible_mixers_are_refused(spec):
+    with pytest.raises((ValueError, TypeError), match=r"token.mixer"):
+        mixzoo.create_model("metaformer_s12", token_mixer=spec)
+
+
+def test_unknown_options_are_refused(model_kind):
+    with pytest.raises(TypeError, match=rf"{model_kind}.*'no_such_option'.*accepted.*token_mixer"):
+        mixzoo.create_model(model_kind, no_such_option=1)
+
+
+def test_unknown_names_are_refused_with_their_neighbours():
+    with pytest.raises(ValueError, match=r"'poolformer_s13'.*'poolformer_s12'"):
+        mixzoo.create_model("poolformer_s13")
+    with pytest.raises(ValueError, match=r"no_such_tag.*poolformer_s12\."):
+        mixzoo.create_model("poolformer_s12.no_such_tag")
+
+
+def test_list_models():
+    assert mixzoo.list_models() == sorted(MODELS)
+    assert mixzoo.list_models("caformer_*") == [name for name in sorted(MODELS) if name.startswith("caformer_")]
+    assert not mixzoo.list_models("no_such_model")
+    assert all("." in name for name in mixzoo.list_models(pretrained=True))
