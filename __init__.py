@@ -1,7 +1,7 @@
 """mixzoo: a zoo of token mixers. See README.md for a tour."""
 
 from .mixers import create_mixer, list_mixers, nchw, register_mixer
-from .models import MetaFormer, MetaFormerBlock, ResidualBranch, create_model, list_models
+from .models import MetaFormer, MetaFormerBlock, ResidualBranch, complexity, create_model, list_models
 from .models.timm_bridge import register_all
 from .weights import load, load_checkpoint, save
 
@@ -14,6 +14,7 @@ __all__ = [
     "MetaFormer",
     "MetaFormerBlock",
     "ResidualBranch",
+    "complexity",
     "create_mixer",
     "create_model",
     "list_mixers",

@@ -3,6 +3,7 @@
 from . import metaformer_baselines, poolformer  # noqa: F401 - registers them
 from ._registry import create_model, list_models
 from .block import MetaFormerBlock, ResidualBranch
+from .complexity import Complexity, complexity
 from .metaformer import MetaFormer
 
-__all__ = ["MetaFormer", "MetaFormerBlock", "ResidualBranch", "create_model", "list_models"]
+__all__ = ["Complexity", "MetaFormer", "MetaFormerBlock", "ResidualBranch", "complexity", "create_model", "list_models"]

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mixzoo.scripts import _tables
-from mixzoo.scripts._measure import MATMUL_SIDE
+from mixzoo.scripts import _measure, _tables
 
 # a backward pass is one product for the gradient of the input and one for that of the weight
 STEP_PASSES = {"inference": 1, "training": 3}
@@ -56,7 +55,7 @@ class Row:
         self.ms, self.ms_low, self.ms_high = 1e3 * median, 1e3 * min(seconds), 1e3 * max(seconds)
         self.images_per_s, self.rounds = self.batch / median, len(seconds)
         if matmul:
-            self.matmul_gflops = 2e-9 * MATMUL_SIDE**3 / statistics.median(matmul)
+            self.matmul_gflops = 2e-9 * _measure.MATMUL_SIDE**3 / statistics.median(matmul)
         if self.gmacs:
             self.gflops = 2 * self.gmacs * self.batch * STEP_PASSES[self.step] / median
 

@@ -50,7 +50,7 @@ class Contestant:
     Attributes:
         name: a mixzoo name, ``arch`` or ``arch.tag``, or ``timm:NAME``.
         channels_last: model and input in torch.channels_last memory.
-        img_size: (H, W); None means the size the model was published for.
+        img_size: (H, W) of the images.
         token_mixer: swapped mixers of a mixzoo model, in the grammar of `mixzoo.create_model`.
         threads: torch threads; None keeps torch's own choice.
     """
@@ -58,7 +58,7 @@ class Contestant:
     name: str
     channels_last: bool = False
     batch_size: int = 16
-    img_size: tuple[int, int] | None = None
+    img_size: tuple[int, int] = (224, 224)
     token_mixer: Any = None
     device: str = "cpu"
     dtype: str = "float32"
@@ -83,6 +83,19 @@ class Memory:
     method: str
 
 
+def published_size(name: str) -> tuple[int, int]:
+    """(H, W) of the images a model was published for."""
+    if name.startswith(TIMM_PREFIX):
+        import timm
+
+        input_size = timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX)).input_size
+    else:
+        from mixzoo.models._registry import RELEASES, Release, resolve_name
+
+        input_size = RELEASES.get(resolve_name(name)[1], Release()).input_size
+    return tuple(input_size[-2:])
+
+
 def build(contestant: Contestant) -> tuple[nn.Module, Tensor]:
     """The contestant's model, in the mode of its step and not compiled, and its input (B, in_chans, H, W)."""
     if contestant.threads:
@@ -94,17 +107,15 @@ def build(contestant: Contestant) -> tuple[nn.Module, Tensor]:
     else:
         import mixzoo
 
-        if contestant.img_size is not None:
-            options["img_size"] = tuple(contestant.img_size)
+        options["img_size"] = tuple(contestant.img_size)
         if contestant.token_mixer is not None:
             options["token_mixer"] = contestant.token_mixer
         model = mixzoo.create_model(contestant.name, **options)
-    height, width = contestant.img_size or model.pretrained_cfg["input_size"][-2:]
     placement = {"device": torch.device(contestant.device), "dtype": getattr(torch, contestant.dtype)}
     if contestant.channels_last:
         placement["memory_format"] = torch.channels_last
     model = model.to(**placement).train(contestant.train)
-    x = torch.randn(contestant.batch_size, model.in_chans, height, width).to(**placement)
+    x = torch.randn(contestant.batch_size, model.in_chans, *contestant.img_size).to(**placement)
     return model, x
 
 
@@ -112,7 +123,7 @@ def _build_timm(contestant: Contestant, options: dict[str, Any]) -> nn.Module:
     import timm
 
     name = contestant.name.removeprefix(TIMM_PREFIX)
-    if contestant.img_size is not None and timm.get_pretrained_cfg_value(name, "fixed_input_size"):
+    if timm.get_pretrained_cfg_value(name, "fixed_input_size"):
         options["img_size"] = tuple(contestant.img_size)
     try:
         return timm.create_model(name, **options)
@@ -144,9 +155,9 @@ def make_step(model: nn.Module, x: Tensor, *, train: bool, compile: bool = False
     return learn if train else infer
 
 
-def matmul_step(device: str, dtype: str, side: int = MATMUL_SIDE) -> Step:
-    """The yardstick: a product of two ``side x side`` matrices, ``2 side^3`` flops."""
-    a = torch.randn(side, side, device=device, dtype=getattr(torch, dtype))
+def matmul_step(device: str, dtype: str) -> Step:
+    """The yardstick: a product of two square matrices of `MATMUL_SIDE` rows, ``2 MATMUL_SIDE^3`` flops."""
+    a = torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=getattr(torch, dtype))
     b, out = torch.randn_like(a), torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 
@@ -188,11 +199,10 @@ def interleave(
     device: str,
     rounds: int,
     budget_s: float,
-    min_turn_s: float = MIN_TURN_S,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time all steps in turn, round after round.
 
-    Every step first runs twice unmeasured. A step shorter than ``min_turn_s`` is repeated inside its turn and averaged.
+    Every step first runs twice unmeasured. A step shorter than `MIN_TURN_S` is repeated inside its turn and averaged.
     Rounds start at another step each time, and end early, after `MIN_ROUNDS` at least, when ``budget_s`` is spent.
 
     Returns:
@@ -202,7 +212,7 @@ def interleave(
     for name, step in steps.items():
         try:
             step()
-            repeats[name] = max(1, math.ceil(min_turn_s / max(time_step(step, device), 1e-6)))
+            repeats[name] = max(1, math.ceil(MIN_TURN_S / max(time_step(step, device), 1e-6)))
         except FAILURES as error:
             failures[name] = describe(error)
     times: dict[str, list[float]] = {name: [] for name in repeats}
@@ -267,11 +277,12 @@ def peak_memory(contestant: Contestant, timeout_s: float = 600.0) -> Memory | st
         return _cuda_growth(contestant)
     if device != "cpu":
         return f"no peak memory on {device}"
-    command = [sys.executable, "-m", __name__, json.dumps(asdict(contestant))]
     # the working folder must not shadow modules of the standard library
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment)
+        done = subprocess.run(
+            _command(contestant), capture_output=True, text=True, timeout=timeout_s, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         return f"no memory figure within {timeout_s:.0f} s"
     if done.returncode == -signal.SIGKILL:
@@ -279,6 +290,10 @@ def peak_memory(contestant: Contestant, timeout_s: float = 600.0) -> Memory | st
     if done.returncode != 0:
         return ["no memory figure", *done.stderr.strip().splitlines()][-1]
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _command(contestant: Contestant) -> list[str]:
+    return [sys.executable, "-m", __name__, json.dumps(asdict(contestant))]
 
 
 def _cuda_growth(contestant: Contestant) -> Memory | str:
@@ -314,7 +329,8 @@ def _resident_mib(field: str) -> float:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _resident_growth(step: Step) -> Memory:
+def resident_growth(step: Step) -> Memory:
+    """Growth of this process's resident set during a step, up to its highest point."""
     try:
         # 5 resets the high-water mark of the resident set to its present size
         Path("/proc/self/clear_refs").write_text("5")
@@ -341,7 +357,7 @@ def _measure_here(contestant: Contestant) -> Memory:
         step = make_step(model, x, train=contestant.train)
     model.zero_grad(set_to_none=True)
     release(contestant.device)
-    return _resident_growth(step)
+    return resident_growth(step)
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
             "classes": data.class_names,
             "preset": preset,
             "options": dict(net.config["options"]),
-            "recipe": asdict(recipe),
+            "recipe": {key: value for key, value in asdict(recipe).items() if key != "evidence"},
             "pixels": asdict(pixels),
             "loop": asdict(loop),
             "processes": processes,

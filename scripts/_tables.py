@@ -30,7 +30,7 @@ class Column:
 
     def cell(self, row: Mapping[str, Any]) -> str:
         value = row.get(self.key)
-        return "–" if value is None else self.show(value)
+        return "-" if value is None else self.show(value)
 
 
 def text_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import fnmatch
 import importlib.util
 import os
 import platform
@@ -110,8 +109,11 @@ def _add_peak(row: Row, contestant: Contestant) -> None:
 
 
 def _gmacs(model: nn.Module, x: Tensor) -> tuple[float, dict[str, float]]:
-    """10^9 multiply-adds of matrix products and convolutions for one input, in all and by module."""
-    raise NotImplementedError
+    """10^9 multiply-adds of matrix products and convolutions for one image, in all and by module."""
+    import mixzoo
+
+    counted = mixzoo.complexity(model, tuple(x.shape[1:]))
+    return counted.macs / 1e9, {name: columns["matmul"] / 1e9 for name, columns in counted.by_module.items()}
 
 
 def _part_rows(
@@ -168,29 +170,29 @@ def select_models(patterns: Sequence[str]) -> list[str]:
     import timm
 
     import mixzoo
+    from mixzoo.models._registry import resolve_name
 
-    ours = mixzoo.list_models(modality="image")
     names: list[str] = []
     for pattern in patterns:
         if pattern.startswith(TIMM_PREFIX):
-            _require(pattern.removeprefix(TIMM_PREFIX), timm.list_models(), "timm has no model")
+            arch = pattern.removeprefix(TIMM_PREFIX).split(".")[0]
+            if not timm.is_model(arch):
+                close = difflib.get_close_matches(arch, timm.list_models(), n=3)
+                raise ValueError(
+                    f"timm has no model {arch!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+                )
             names.append(pattern)
         elif any(wildcard in pattern for wildcard in "*?["):
-            matches = fnmatch.filter(ours, pattern)
+            matches = mixzoo.list_models(pattern, modality="image")
             if not matches:
                 raise ValueError(f"no registered image model fits {pattern!r}")
             names += matches
         else:
-            _require(pattern, ours, "no registered image model is named")
+            spec, _ = resolve_name(pattern)
+            if spec.modality != "image":
+                raise ValueError(f"{pattern} is a {spec.modality} model; bench measures image models")
             names.append(pattern)
     return list(dict.fromkeys(names))
-
-
-def _require(name: str, known: Sequence[str], complaint: str) -> None:
-    arch = name.split(".")[0]
-    if arch not in known:
-        close = difflib.get_close_matches(arch, known, n=3)
-        raise ValueError(f"{complaint} {arch!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
 
 
 def _positive(text: str) -> int:
@@ -249,9 +251,10 @@ def _check(args: argparse.Namespace) -> None:
     """Everything that can be wrong with the arguments, before anything is measured.
 
     Raises:
-        ValueError: with one line for the user.
+        ValueError, TypeError: with one line for the user.
     """
-    from mixzoo.mixers import TOKEN_MIXERS, parse_spec
+    import mixzoo
+    from mixzoo.mixers import parse_spec
 
     args.models = select_models(args.models)
     args.against = list(dict.fromkeys(args.against))
@@ -264,6 +267,9 @@ def _check(args: argparse.Namespace) -> None:
         args.img_size = (args.img_size[0], args.img_size[-1])
     if args.token_mixer is not None:
         args.token_mixer = parse_spec(args.token_mixer)
+        for name in args.models:
+            if not name.startswith(TIMM_PREFIX):
+                mixzoo.create_model(name, token_mixer=args.token_mixer, device="meta")
     if args.stages and (args.train or args.compile):
         raise ValueError("--stages times an eager forward pass; leave out --train and --compile")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -282,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         _check(args)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -292,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         contestant = Contestant(
             name,
             batch_size=args.batch_size,
-            img_size=args.img_size,
+            img_size=args.img_size or _measure.published_size(name),
             token_mixer=None if name.startswith(TIMM_PREFIX) else args.token_mixer,
             device=args.device,
             dtype=args.dtype,

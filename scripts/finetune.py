@@ -248,7 +248,7 @@ def _describe(plan: Plan, accelerator: Accelerator, trainer: Trainer) -> str:
     splits = [f"train {len(data.train)}", f"{data.val_name} {len(data.val)}"]
     splits += [f"test {len(data.test)}"] if data.test is not None else []
     lines = {
-        "model": f"{net.config['model']}, {'weights given' if plan.start == 'tuned' else 'from scratch'}, "
+        "model": f"{plan.described['model']}, {'weights given' if plan.start == 'tuned' else 'from scratch'}, "
         + ", ".join(model),
         "data": f"{data.name}: {len(data.class_names)} classes, {', '.join(splits)}" + (data.note and f"; {data.note}"),
         "input": f"{pixels.channels} x {pixels.size[0]} x {pixels.size[1]} from {data.size[0]} x {data.size[1]}",

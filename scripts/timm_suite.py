@@ -37,7 +37,10 @@ class Exclusion:
     reason: str
 
 
+_SCRIPT = "TorchScript is deprecated; torch.compile and torch.export are tested instead"
 EXCLUSIONS = (
+    Exclusion("test_model_forward_torchscript", "*", _SCRIPT),
+    Exclusion("test_model_forward_fx_torchscript", "*", _SCRIPT),
     Exclusion("test_model_load_pretrained", "*", "downloads every released checkpoint"),
     Exclusion("test_model_features_pretrained", "*", "downloads every released checkpoint"),
 )

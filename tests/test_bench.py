@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -92,15 +93,25 @@ def test_training_against_other_models(capsys):
 
 
 def test_peak_memory_comes_from_a_fresh_process():
-    contestant = _measure.Contestant("poolformer_s12", batch_size=2, img_size=(32, 32), threads=1)
-    small, large = (_measure.peak_memory(c) for c in (contestant, _measure.replace_batch(contestant, 8)))
-    assert 0 <= small.mib < large.mib
-    assert large.method in {"resident set", "ru_maxrss"}
+    contestant = _measure.Contestant("poolformer_s12", batch_size=8, img_size=(64, 64), train=True, threads=1)
+    memory = _measure.peak_memory(contestant)
+    assert memory.method in {"resident set", "ru_maxrss"}
+    # the gradients alone are the size of the parameters
+    assert 4 * 11.9e6 / 2**20 < memory.mib < 2000
+
+
+def test_peak_memory_says_why_there_is_none(monkeypatch):
+    monkeypatch.setattr(_measure, "_command", lambda _: [sys.executable, "-c", "import sys; sys.exit('out of memory')"])
+    assert _measure.peak_memory(_measure.Contestant("poolformer_s12")) == "out of memory"
+
+
+def test_growth_of_the_resident_set_is_that_of_the_step():
+    memory = _measure.resident_growth(lambda: bytearray(b"1") * (64 * 2**20))
+    assert memory.mib == pytest.approx(64, abs=8)
 
 
 def test_failures_become_notes(capsys):
-    # the random matrices cannot be built for an image of no positions
-    assert bench.main(["poolformer_s12", "--img-size", "2", "--batch-size", "1", "--no-memory", "--format", "json"]) == 1
+    assert bench.main(["poolformer_s12", *QUICK, "--img-size", "2", "--no-memory", "--format", "json"]) == 1
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["ms"] is None
     assert row["note"].startswith("failed: ValueError: img_size")
@@ -150,7 +161,7 @@ def test_stages_stand_beside_their_multiply_adds(capsys):
 def test_formats_and_files(capsys, tmp_path):
     arguments = ["poolformer_s12", *QUICK, "--no-memory"]
     for name, check in (
-        ("out.csv", lambda text: list(csv.DictReader(text.splitlines()))[0]["model"] == "poolformer_s12"),
+        ("out.csv", lambda text: next(csv.DictReader(text.splitlines()))["model"] == "poolformer_s12"),
         ("out.md", lambda text: re.search(r"^\| poolformer_s12 +\|", text, re.MULTILINE)),
         ("out.json", lambda text: json.loads(text)["rows"][0]["model"] == "poolformer_s12"),
         ("out.txt", lambda text: "matmul GFLOP/s" in text),
@@ -178,7 +189,7 @@ def test_select_models():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["poolformer_s13"], r"'poolformer_s13'; did you mean .*poolformer_s12"),
+        (["poolformer_s13"], r"'poolformer_s13'.*'poolformer_s12'"),
         (["poolformer_s12.no_such_tag"], r"no release named 'poolformer_s12.no_such_tag'"),
         (["no_such_*"], r"'no_such_\*'"),
         (["timm:resnet19"], r"timm has no model 'resnet19'; did you mean"),
@@ -196,17 +207,16 @@ def test_mistakes_are_refused_before_anything_runs(capsys, arguments, message):
     assert re.search(message, refusal(capsys, *arguments))
 
 
-def row(model: str, opponent: str | None, memory_format: str, ms: float, ratio: float | None, memory: float | None) -> Row:
-    return Row(model, model, opponent, memory_format, 1, ms=ms, ratio=ratio, memory_ratio=memory)
-
-
 def test_summary_takes_the_better_format_of_each_opponent():
+    def row(model, opponent, memory_format, ms, ratio, memory=None) -> Row:
+        return Row(model, model, opponent, memory_format, 1, ms=ms, ratio=ratio, memory_ratio=memory)
+
     rows = [
-        row("a", None, "contiguous", 10, None, None),
+        row("a", None, "contiguous", 10, None),
         row("a", "timm", "contiguous", 40, 4.0, 2.0),
         row("a", "timm", "channels_last", 20, 2.0, 3.0),
-        row("b", "timm", "contiguous", 8, 8.0, None),
-        row("b", "timm:x", "contiguous", 3, 3.0, None),
+        row("b", "timm", "contiguous", 8, 8.0),
+        row("b", "timm:x", "contiguous", 3, 3.0),
     ]
     assert [r.ms for r in best_rows(rows)] == [20, 8, 3]
     first, second = summarise(rows)

@@ -124,7 +124,7 @@ def test_what_is_no_checkpoint(tmp_path, case, suffix):
     make, message = BAD[case]
     path = tmp_path / f"some-name{suffix}"
     path.write_bytes(make(tmp_path))
-    model = mixzoo.create_model("poolformer_s12", depths=(1, 1, 1, 1))
+    model = mixzoo.create_model("poolformer_s12", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     if suffix == ".safetensors" and case in ("damaged", "text", "truncated old format"):
         message = "not a safetensors file"
@@ -162,7 +162,7 @@ def test_what_is_not_there(tmp_path):
         read(tmp_path / "missing.pth")
     with pytest.raises(CheckpointError, match="is a folder"):
         read(tmp_path)
-    model = mixzoo.create_model("poolformer_s12", depths=(1, 1, 1, 1))
+    model = mixzoo.create_model("poolformer_s12", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
     with pytest.raises(FileNotFoundError, match=r"no such file, and no model named 'poolformer_s13'.*poolformer_s12"):
         mixzoo.load_checkpoint(model, "poolformer_s13")
     with pytest.raises(FileNotFoundError, match=r"weights\.pth"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+from pathlib import Path
 
 import pytest
 import timm
@@ -12,6 +14,7 @@ import mixzoo
 from mixzoo import weights
 from mixzoo.weights._rules import OWN, Layout, Pattern, Rule, Transform, choose, under
 
+SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}
 FAMILY = ("poolformer*", "metaformer*", "identityformer*", "randformer*", "convformer*", "caformer*")
 MODELS = [name for name in mixzoo.list_models() if any(fnmatch.fnmatch(name, f) for f in FAMILY)]
 V1 = [name for name in MODELS if name.startswith(("poolformer_", "metaformer_id", "metaformer_p"))]
@@ -34,9 +37,15 @@ def bits(state: dict) -> dict:
     return {key: (tuple(t.shape), t.dtype, t.contiguous().numpy().tobytes()) for key, t in state.items()}
 
 
+@functools.cache
+def blueprint(name: str) -> torch.nn.Module:
+    """The model at its full size, without values."""
+    return mixzoo.create_model(name, device="meta")
+
+
 def filled(name: str, **options) -> torch.nn.Module:
-    """A shallow model whose every tensor differs from its initial value, so that nothing stands for anything else."""
-    model = mixzoo.create_model(name, depths=(1, 1, 2, 1), **options)
+    """A small model whose every tensor differs from its initial value, so that nothing stands for anything else."""
+    model = mixzoo.create_model(name, **SMALL | options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -46,7 +55,7 @@ def filled(name: str, **options) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("layout", "name"), PAIRS)
 def test_full_depth_keys_and_shapes_survive(layout, name):
-    model = mixzoo.create_model(name, device="meta")
+    model = blueprint(name)
     theirs = weights.export(model.state_dict(), layout)
     report = mixzoo.load_checkpoint(model, theirs)
     assert report.layout == layout
@@ -65,13 +74,14 @@ def test_round_trip_is_exact(layout, name):
     used = choose(theirs, ours)
     assert bits(used.convert(theirs).tensors) == bits(ours)
     assert bits(used.export(used.convert(theirs).tensors)) == bits(theirs)
+    assert bits(weights.convert(theirs)) == bits(ours)
 
 
 @pytest.mark.parametrize("name", ON_TIMM)
 def test_timm_layout_is_that_of_timm(name):
     with torch.device("meta"):
         theirs = timm.create_model(name).state_dict()
-    ours = weights.export(mixzoo.create_model(name, device="meta").state_dict(), "timm")
+    ours = weights.export(blueprint(name).state_dict(), "timm")
     assert {k: t.shape for k, t in ours.items()} == {k: t.shape for k, t in theirs.items()}
 
 
@@ -102,7 +112,7 @@ def test_either_rank_of_a_pointwise_weight_is_read():
     mlp = [k for k in flat if k.endswith(("mlp.fc1.weight", "mlp.fc2.weight"))]
     deep = {**flat, **{k: flat[k][:, :, None, None] for k in mlp}}
     for state in (flat, deep):
-        loaded = mixzoo.create_model("caformer_s18", depths=(1, 1, 2, 1), checkpoint=state)
+        loaded = mixzoo.create_model("caformer_s18", **SMALL, checkpoint=state)
         assert bits(loaded.state_dict()) == bits(model.state_dict())
 
 
@@ -121,7 +131,7 @@ def test_openmmlab_detector_leaves_its_head_out():
 @pytest.mark.parametrize("layout", ["sail", "timm", "huggingface", "mmpretrain", "mixzoo"])
 def test_imagenet_weights_start_a_dense_prediction_model(layout):
     classifier = filled("poolformer_s12")
-    dense = mixzoo.create_model("poolformer_s12_feat", depths=(1, 1, 2, 1))
+    dense = mixzoo.create_model("poolformer_s12_feat", **SMALL)
     report = mixzoo.load_checkpoint(dense, weights.export(classifier.state_dict(), layout))
     assert {key.split(".")[0] for key in report.fresh} == {"norms"}
     assert {key.split(".")[0] for key in report.ignored} == {"head"}
@@ -129,11 +139,23 @@ def test_imagenet_weights_start_a_dense_prediction_model(layout):
 
 
 def test_a_layout_without_a_name_for_a_mixer_refuses():
-    swapped = mixzoo.create_model("caformer_s18", token_mixer="spatial_fc", depths=(1, 1, 1, 1), img_size=64)
+    swapped = mixzoo.create_model("caformer_s18", token_mixer="spatial_fc", img_size=64, **SMALL)
     with pytest.raises(weights.CheckpointError, match=r"'timm'.*token\.op\.fc\.weight"):
         weights.export(swapped.state_dict(), "timm")
     with pytest.raises(ValueError, match=r"no layout named 'keras'; layouts: .*timm"):
         weights.export(swapped.state_dict(), "keras")
+
+
+def test_an_unknown_key_is_named_without_a_model_too():
+    state = weights.export(blueprint("caformer_s18").state_dict(), "sail")
+    with pytest.raises(weights.CheckpointError, match=r"sail-sg/metaformer\) knows stages\.0\.0\.norm3\.weight"):
+        weights.convert({**state, "stages.0.0.norm3.weight": state["norm.weight"]})
+
+
+def test_every_family_is_imported():
+    files = {path.stem for path in Path(weights.__file__).parent.glob("[!_]*.py")}
+    assert files <= set(weights.__all__)
+    assert files <= set(dir(weights))
 
 
 def test_every_layout_is_exercised():
@@ -142,7 +164,7 @@ def test_every_layout_is_exercised():
     }
     for layout, name in PAIRS:
         if "s12" in name:
-            state = mixzoo.create_model(name, device="meta").state_dict()
+            state = blueprint(name).state_dict()
             used.add(id(choose(weights.export(state, layout), state)))
     parts = {id(layout) for layout in weights.LAYOUTS if layout.bridge or ", one " in layout.title}
     assert {id(layout) for layout in weights.LAYOUTS} <= used | parts

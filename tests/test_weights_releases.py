@@ -14,11 +14,11 @@ from mixzoo import weights
 from mixzoo.models._registry import RELEASES, Release
 from mixzoo.weights import CheckpointError, _fetch
 
-DEPTHS = (1, 1, 2, 1)
+SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}
 
 
 def tiny(name: str = "caformer_s18", **options) -> torch.nn.Module:
-    return mixzoo.create_model(name, depths=DEPTHS, **options)
+    return mixzoo.create_model(name, **SMALL | options)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -112,7 +112,7 @@ def test_a_release_is_downloaded_and_loaded(hosted):
 
 def test_pretrained_through_create_model(hosted):
     source, _, _ = hosted
-    model = mixzoo.create_model("caformer_s18.hosted", pretrained=True, depths=DEPTHS, num_classes=5)
+    model = mixzoo.create_model("caformer_s18.hosted", pretrained=True, num_classes=5, **SMALL)
     assert torch.equal(model.stem.conv.weight, source.stem.conv.weight)
 
 

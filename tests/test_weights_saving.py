@@ -13,11 +13,11 @@ import mixzoo
 from mixzoo import weights
 from mixzoo.weights import CheckpointError
 
-DEPTHS = (1, 1, 2, 1)
+SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 40)}
 
 
 def tiny(name: str = "caformer_s18", **options) -> torch.nn.Module:
-    return mixzoo.create_model(name, depths=DEPTHS, **options)
+    return mixzoo.create_model(name, **SMALL | options)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -117,6 +117,15 @@ def test_header_and_provenance(tmp_path):
     assert json.loads(header["config"])["options"]["num_classes"] == 2
     assert json.loads(header["weights"]) == {"source": "caformer_s18.pth"}
     assert mixzoo.load(tmp_path / "a.safetensors").config["weights"] == {"source": "caformer_s18.pth"}
+
+
+def test_class_names_come_with_their_head(tmp_path):
+    model = tiny(num_classes=2)
+    model.class_names = ["cat", "dog"]
+    mixzoo.save(model, tmp_path / "a.safetensors")
+    same, other = (tiny(num_classes=n, checkpoint=tmp_path / "a.safetensors") for n in (2, 3))
+    assert same.class_names == ["cat", "dog"]
+    assert other.class_names is None
 
 
 def test_load_wants_a_description(tmp_path):

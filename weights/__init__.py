@@ -7,7 +7,7 @@ from . import metaformer_baselines, poolformer
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
 from ._load import LoadReport, load_checkpoint, load_pretrained
-from ._rules import LAYOUTS, Layout, Rule, export
+from ._rules import LAYOUTS, Layout, Rule, convert, export
 from ._save import load, save
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Layout",
     "LoadReport",
     "Rule",
+    "convert",
     "export",
     "fetch",
     "find_release",

@@ -100,13 +100,9 @@ def unwrap(data: Any, name: str, metadata: dict[str, str] | None = None) -> Cont
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
-    total = hashlib.sha256()
-    for chunk in iter(lambda: file.read(1 << 20), b""):
-        total.update(chunk)
+        total = hashlib.sha256()
+        for chunk in iter(lambda: file.read(1 << 20), b""):
+            total.update(chunk)
     return total.hexdigest()
 
 
@@ -233,6 +229,4 @@ def _refused(path: Path, error: Exception) -> list[str]:
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class ([\w.]+)", str(error))
     if not names and found:
         names = [found.group(1)]
-    if not names and "opcode" in str(error).lower() and "unsupported operand" in str(error).lower():
-        names = ["pickle instructions outside plain data"]
     return sorted(set(names))

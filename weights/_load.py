@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..mixers import TOKEN_MIXERS
+from ..mixers._layers import NCHW
 from . import _adapt
 from ._adapt import Plan, grouped
 from ._fetch import fetch, find_release, known_hash
@@ -76,6 +77,8 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike | Mapping[str, A
     contents, provenance = open_source(source)
     report, plan = plan_load(model, contents, strict)
     commit(model, report, plan, provenance)
+    if "class_names" in contents.metadata and _whole_head(model, report):
+        model.class_names = json.loads(contents.metadata["class_names"])
     return report
 
 
@@ -86,11 +89,12 @@ def load_pretrained(model: nn.Module, release: str) -> LoadReport:
 
 
 def target_of(model: nn.Module) -> nn.Module:
-    """The module itself, out of the wrappers of torch.compile and DistributedDataParallel."""
+    """The module itself, out of the wrappers of torch.compile, DistributedDataParallel and `mixzoo.nchw`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model, got {type(model).__name__}")
     while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    model = model.mixer if isinstance(model, NCHW) else model
     package = __package__.split(".")[0]
     ours = any(base.__module__.split(".")[0] == package for base in type(model).__mro__)
     if not ours and type(model) not in tuple(info.factory for info in TOKEN_MIXERS.infos().values()):
@@ -108,13 +112,14 @@ def open_source(source: str | os.PathLike | Mapping[str, Any]) -> tuple[Contents
     if not isinstance(source, str | os.PathLike):
         raise TypeError(f"source must be a path, the name of a release or a state dict, not {type(source).__name__}")
     path = Path(source)
-    if path.exists() or path.suffix in _SUFFIXES or len(path.parts) > 1:
+    if path.is_file() or path.suffix in _SUFFIXES or len(path.parts) > 1:
         contents = read(path)
         return contents, json.loads(contents.metadata.get("weights", "{}")) or {"source": path.name}
     try:
         name, release = find_release(str(source))
     except ValueError as error:
-        raise FileNotFoundError(f"{source}: no such file, and {error}") from None
+        what = "a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{source}: {what}, and {error}") from None
     file = fetch(name)
     known = {"source": name, "url": release.url, "licence": release.licence, "sha256": known_hash(file, release)}
     return read(file), {key: value for key, value in known.items() if value}
@@ -177,6 +182,13 @@ def _check_devices(model: nn.Module, contents: Contents) -> None:
         )
     if on_meta(contents.tensors) and not on_meta(model.state_dict()):
         raise CheckpointError(f"{contents.name}: its tensors are on the meta device and have no values")
+
+
+def _whole_head(model: nn.Module, report: LoadReport) -> bool:
+    """Whether the classifier is the source's, class by class."""
+    place = _adapt.classifier_of(model)
+    keys = [] if place is None else [key for key in model.state_dict() if key.startswith(place[0] + ".")]
+    return bool(keys) and not any(key in report.fresh or key in report.adapted for key in keys)
 
 
 def _leave_fresh(layout: Layout, names: Any, plan: Plan) -> None:

@@ -317,18 +317,38 @@ def register_layouts(layouts: Iterable[Layout]) -> None:
     LAYOUTS.extend(layouts)
 
 
-def choose(keys: Iterable[str], names: Iterable[str], bridges: bool = False) -> Layout:
-    """The layout whose marks are among ``keys`` and that translates most of them to parameters in ``names``."""
-    keys, names = list(keys), set(names)
-    best, score = OWN, sum(key in names for key in keys)
+def choose(keys: Iterable[str], names: Iterable[str] | None = None, bridges: bool = False) -> Layout:
+    """The layout whose marks are among ``keys`` and that translates most of them to ``names``, or, without names, at all.
+
+    Args:
+        names: the parameters of the model they are for.
+        bridges: choose among the bridges instead.
+    """
+    keys, names = list(keys), None if names is None else set(names)
+    best, score = OWN, 0 if names is None else sum(key in names for key in keys)
     for layout in LAYOUTS:
         if layout.bridge != bridges or not layout.detect(keys):
             continue
         known = [found[1] for found in map(layout.find, keys) if found is not None]
-        fits = sum(name in names for ours in known for name in ours)
+        fits = len(known) if names is None else sum(name in names for ours in known for name in ours)
         if fits > score or (best is OWN and score == 0):
             best, score = layout, fits
     return best
+
+
+def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a state dict of any known layout to our names, without a model to fit it to.
+
+    Raises:
+        CheckpointError: a key that no rule of the layout knows.
+    """
+    layout = choose(state)
+    converted = layout.convert(state)
+    if converted.unknown:
+        raise CheckpointError(
+            f"no rule of layout {layout.name} ({layout.title}) knows {', '.join(converted.unknown[:4])}"
+        )
+    return converted.tensors
 
 
 def export(state: Mapping[str, Tensor], to: str) -> dict[str, Tensor]:
