@@ -8,6 +8,8 @@ that brings an operator of its own puts the rule beside it:
     def _scan(inputs, outputs):
         return 9 * numel(inputs[0])
 
+An `autograd.Function` is traced as one operator, "prim::PythonOp.ClassName".
+
 Columns, all for the call as a whole:
 
     matmul       multiply-adds of matrix products and convolutions; biases are free. A complex one is four.
@@ -291,8 +293,8 @@ _ONE = """
     abs acos acosh add angle asin asinh atan atan2 atanh ceil celu clamp clamp_max clamp_min clip cos cosh deg2rad
     digamma elu erf erfc erfinv exp exp2 expm1 float_power floor floor_divide fmax fmin fmod frac gelu hardshrink
     hardsigmoid hardswish hardtanh leaky_relu lgamma log log10 log1p log2 log_sigmoid logaddexp logit masked_fill
-    maximum minimum mish nan_to_num neg polar pow prelu rad2deg reciprocal relu relu6 remainder round rrelu rsqrt rsub selu
-    sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold
+    maximum minimum mish nan_to_num neg polar pow prelu rad2deg reciprocal relu relu6 remainder round rrelu rsqrt rsub
+    selu sgn sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square sub tan tanh tanhshrink threshold
     trunc where xlogy
 """
 count(*_aten(_ONE, in_place=True), column="other")(partial(_elementwise, ops=1))

@@ -114,7 +114,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cpu:
+        if x.is_cpu or x.is_meta:
             # a channels-last map is this NCHW view without a copy, and the CPU kernel keeps its layout
             view = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)  # (B, C, N, 1)
             y = F.group_norm(view, 1, self.weight, self.bias, self.eps)

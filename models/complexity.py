@@ -21,21 +21,18 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..mixers._counting import COLUMNS, FREE, RULES, Rule
+from ._tracing import TensorCall, traceable
 
 # the figures that `macs_by` adds up
 _MACS_COLUMNS = {"matmul": "macs", "transform": "transform_macs", "norm": "norm_ops"}
@@ -97,12 +94,12 @@ class Complexity(ModuleCounts):
     input_shapes: tuple[tuple[int, ...], ...] = ()
 
     def __str__(self) -> str:
-        frozen = f" ({self.frozen_parameters / 1e6:.3f} M frozen)" if self.frozen_parameters else ""
-        transform = f", {self.transform_macs / 1e9:.4f} transform GMACs" if self.transform_macs else ""
+        frozen = f" ({_si(self.frozen_parameters)} frozen)" if self.frozen_parameters else ""
+        transform = f", {_si(self.transform_macs)}MACs of transforms" if self.transform_macs else ""
+        sizes = ", ".join("x".join(map(str, shape)) for shape in self.input_shapes)
         lines = [
-            f"{self.parameters / 1e6:.3f} M parameters{frozen}, {self.macs / 1e9:.4f} GMACs{transform}, "
-            f"{self.other_ops / 1e9:.4f} G other operations, {self.activations / 1e6:.3f} M activations "
-            f"for inputs of {', '.join(map(str, self.input_shapes))}"
+            f"{_si(self.parameters).strip()} parameters{frozen}, {_si(self.macs)}MACs{transform}, "
+            f"{_si(self.other_ops)} other operations, {_si(self.activations)} activations for {sizes}"
         ]
         lines += [f"uncounted: {operator} ({calls} calls)" for operator, calls in self.uncounted.items()]
         return "\n".join(lines)
@@ -142,16 +139,14 @@ def complexity(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     model = _unwrap(model)
-    first = next(model.parameters(), torch.empty(0))
+    first = next(model.parameters(), None)
     if inputs is None:
         shape = (batch_size, *_input_shape(model, input_size))
-        floating = first.dtype if first.is_floating_point() else torch.float32
-        inputs = (torch.zeros(shape, device=first.device, dtype=floating),)
-    elif isinstance(inputs, Tensor):
-        inputs = (inputs,)
+        inputs = torch.zeros(shape, dtype=None if first is None else first.dtype)
     names = tuple(inputs) if isinstance(inputs, Mapping) else None
-    tensors = tuple(inputs.values() if isinstance(inputs, Mapping) else inputs)
-    tensors = tuple(tensor.to(first.device) for tensor in tensors)
+    tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs.values() if names else inputs)
+    if first is not None:
+        tensors = tuple(tensor.to(first.device) for tensor in tensors)
     counted, unsupported = _count(model, names, tensors)
     return _summary(model, counted, unsupported, tensors)
 
@@ -181,20 +176,6 @@ def _input_shape(model: nn.Module, input_size: int | Sequence[int] | None) -> tu
     return (channels, *size) if len(size) == 2 else size
 
 
-class _Call(nn.Module):
-    """Calls a model with named or positional tensors and returns the tensors of whatever it returns."""
-
-    def __init__(self, model: nn.Module, names: Sequence[str] | None):
-        super().__init__()
-        self.model = model
-        self.names = names
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        named = self.names is not None
-        output = self.model(**dict(zip(self.names, tensors, strict=True))) if named else self.model(*tensors)
-        return tuple(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
 def _count(
     model: nn.Module, names: Sequence[str] | None, tensors: tuple[Tensor, ...]
 ) -> tuple[dict[str, Counter], Counter]:
@@ -204,14 +185,14 @@ def _count(
         warnings.simplefilter("ignore")
         from fvcore.nn.jit_analysis import JitModelAnalysis
 
-    with _traceable(model):
-        analysis = JitModelAnalysis(_Call(model, names), tensors)
+    with traceable(model):
+        analysis = JitModelAnalysis(TensorCall(model, names), tensors)
         analysis.tracer_warnings("none").unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.set_op_handle(**{operator: partial(_handle, operator, rule) for operator, rule in RULES.items()})
         analysis.set_op_handle(**dict.fromkeys(FREE))
         by_module = analysis.by_module_and_operator()
         unsupported = analysis.unsupported_ops()
-    # the model is the one child of `_Call`
+    # the model is the one child of `TensorCall`
     return {name.removeprefix("model").removeprefix("."): c for name, c in by_module.items() if name}, unsupported
 
 
@@ -247,10 +228,10 @@ def _summary(
     by_operator = {
         name: Counts(**_counts(total, name)) for name in sorted({name for name, column in total if column in COLUMNS})
     }
+    # compiled parts were traced without their wrapper
+    modules = {name.replace("._orig_mod", ""): module for name, module in model.named_modules()}
     by_module = {
-        name: ModuleCounts(**_counts(counted[name]), **_parameters(module))
-        for name, module in model.named_modules()
-        if name in counted
+        name: ModuleCounts(**_counts(counted[name]), **_parameters(module)) for name, module in modules.items()
     }
     return Complexity(
         **_counts(total),
@@ -262,104 +243,16 @@ def _summary(
     )
 
 
+def _si(n: int) -> str:
+    for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
+        if n >= 10**power:
+            return f"{n / 10**power:.4g} {prefix}"
+    return f"{n} "
+
+
 def _parameters(module: nn.Module) -> dict[str, int]:
     parameters = list(module.parameters())
     return {
         "parameters": sum(p.numel() for p in parameters),
         "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad),
     }
-
-
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, fused fast paths or compiled parts; afterwards the model is as it was."""
-    modules = list(model.modules())
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(f"module {name!r} is TorchScript, which hides its operators; give the Python module")
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if any(parameter.is_meta for parameter in model.parameters()):
-            stack.enter_context(_RecordConvolutions())
-        # it would show as one operator; the composed form has the same matrix products
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module in modules:
-            stack.callback(setattr, module, "training", module.training)
-            module.training = False
-            # fvcore leaves its hooks behind when the model raises
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                stack.callback(_keep_only, hooks, set(hooks))
-            _uncompile(module, stack)
-        yield
-
-
-def _keep_only(hooks: dict[int, Callable], known: set[int]) -> None:
-    for key in set(hooks) - known:
-        del hooks[key]
-
-
-def _uncompile(module: nn.Module, stack: ExitStack) -> None:
-    """Put the original modules in place of compiled ones, which refuse to be traced, until the stack unwinds."""
-    if module._compiled_call_impl is not None:
-        stack.callback(setattr, module, "_compiled_call_impl", module._compiled_call_impl)
-        module._compiled_call_impl = None
-    for name, child in module._modules.items():
-        if isinstance(getattr(child, "_orig_mod", None), nn.Module):
-            stack.callback(module._modules.__setitem__, name, child)
-            module._modules[name] = child._orig_mod
-
-
-class _RecordConvolutions(TorchFunctionMode):
-    """Lets convolutions of meta tensors enter the trace.
-
-    The tracer records `aten::_convolution`, which meta tensors never reach: their kernel sits one operator above. Here
-    they are called by that name.
-    """
-
-    _RANKS = {  # noqa: RUF012 - constant
-        F.conv1d: 1,
-        F.conv2d: 2,
-        F.conv3d: 3,
-        F.conv_transpose1d: 1,
-        F.conv_transpose2d: 2,
-        F.conv_transpose3d: 3,
-    }
-    _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func not in self._RANKS:
-            return func(*args, **(kwargs or {}))
-        convolve = self._transposed if func in self._TRANSPOSED else self._forward
-        return convolve(self._RANKS[func], *args, **(kwargs or {}))
-
-    @classmethod
-    def _forward(cls, rank, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
-        if padding == "same":
-            totals = [d * (k - 1) for d, k in zip(_tuple(dilation, rank), weight.shape[2:], strict=True)]
-            input = F.pad(input, [side for total in reversed(totals) for side in (total // 2, total - total // 2)])
-        padding = 0 if isinstance(padding, str) else padding
-        return cls._convolve(rank, input, weight, bias, stride, padding, dilation, False, 0, groups)
-
-    @classmethod
-    def _transposed(
-        cls, rank, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
-    ) -> Tensor:
-        return cls._convolve(rank, input, weight, bias, stride, padding, dilation, True, output_padding, groups)
-
-    @staticmethod
-    def _convolve(rank, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups) -> Tensor:
-        stride, padding, dilation, output_padding = (
-            _tuple(value, rank) for value in (stride, padding, dilation, output_padding)
-        )
-        batched = input.ndim == rank + 2
-        output = torch._convolution(
-            *(input if batched else input.unsqueeze(0), weight, bias, stride, padding, dilation, transposed),
-            *(output_padding, groups, False, False, True, True),
-        )
-        return output if batched else output.squeeze(0)
-
-
-def _tuple(value: Any, rank: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
-    return values * rank if len(values) == 1 else values

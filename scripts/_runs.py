@@ -36,6 +36,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings with ``group.key`` for those in groups."""
+    flat = {}
+    for key, value in settings.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value})
+    return flat
+
+
 class RunFolder:
     """Files of one run below ``path``; nothing is created before `claim`."""
 
@@ -83,8 +91,8 @@ class RunFolder:
             before = json.loads(self.settings.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"--resume: {self.settings} is not valid JSON: {error}") from None
-        now = json.loads(json.dumps(settings))
-        changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+        before, now = _flat(before), _flat(json.loads(json.dumps(settings)))
+        changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if changed:
             what = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
             raise ValueError(f"--resume goes on with the same run, but in {self.path} {what}")

@@ -113,7 +113,7 @@ def _gmacs(model: nn.Module, x: Tensor) -> tuple[float, dict[str, float]]:
     import mixzoo
 
     counted = mixzoo.complexity(model, tuple(x.shape[1:]))
-    return counted.macs / 1e9, {name: columns["matmul"] / 1e9 for name, columns in counted.by_module.items()}
+    return counted.macs / 1e9, {name: counts.macs / 1e9 for name, counts in counted.by_module.items()}
 
 
 def _part_rows(

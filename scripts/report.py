@@ -1,283 +1,373 @@
-"""``mixzoo report``: size and cost of models beside the published figures.
+"""Parameters, multiply-adds and published figures of models; no weights are needed.
 
-    mixzoo report "poolformer*" "caformer_s18"
-    mixzoo report caformer_s18 --by operator
-    mixzoo report --format markdown --output report.md --plot accuracy.png
+    mixzoo report                                        every registered model
+    mixzoo report "poolformer*" caformer_s18.sail_in1k_384
+    mixzoo report "caformer*" --all-tags --format markdown --output table.md
+    mixzoo report caformer_s18 --by module --depth 3
+    mixzoo report metaformer_s12 --token-mixer pooling,pooling,attention,attention --img-size 256 320
 
-Multiply-adds (MACs) are of matrix products and convolutions for one image; transforms (FFT, wavelets, scans), norms and
-other operations stand in columns of their own. Nothing is dropped: an operator without a rule is named in the notes.
+Parameters are counted with the frozen ones. GMACs are multiply-adds of matrix products and convolutions, transform GMACs
+those of FFTs and the like, other Gops all further operations; `mixzoo.complexity` says how each is counted.
+
+The columns dM and dG compare trainable parameters and MACs with the published figures, once ours are rounded to the
+digits that were printed; "=" means the same digits. MACs are compared under the rule that the published figure was
+counted by, which the note names where it is not that of the column GMACs.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import os
+import fnmatch
+import functools
+import importlib.util
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from mixzoo import complexity, create_model, list_models
+import mixzoo
 from mixzoo.mixers import parse_spec
 from mixzoo.models import Complexity
-from mixzoo.models._registry import MODELS, Release, releases_of, resolve_name
+from mixzoo.models._registry import MODELS, RELEASES, ModelSpec, Release, releases_of, resolve_name
+from mixzoo.scripts._tables import FORMATS, RENDER, Column
+from mixzoo.weights._save import write_bytes
 
-from ._tables import FORMATS, RENDER, Column
+SUFFIXES = {".md": "markdown", ".csv": "csv", ".json": "json"}
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+# what published figures may count beside matrix products, in words
+COUNTED_TOO = {"norm": "norms", "transform": "transforms"}
+DEFAULT_DEPTH = 2
+
+Row = dict[str, Any]
 
 
-def _figure(digits: int) -> Any:
-    return lambda value: f"{value:.{digits}f}"
+def millions(digits: int) -> Callable[[int], str]:
+    return lambda n: f"{n / 1e6:.{digits}f}"
 
 
-COLUMNS = [
+def billions(digits: int) -> Callable[[int], str]:
+    return lambda n: f"{n / 1e9:.{digits}f}"
+
+
+def _sign(difference: float) -> str:
+    return f"{difference:+g}" if difference else "="
+
+
+MODEL_COLUMNS = [
     Column("model", "model", left=True),
-    Column("input", "input"),
-    Column("params_m", "params M", _figure(2)),
-    Column("frozen_m", "frozen M", _figure(2)),
-    Column("gmacs", "GMACs", _figure(3)),
-    Column("transform_gmacs", "transform GMACs", _figure(3)),
-    Column("norm_gops", "norm Gops", _figure(3)),
-    Column("other_gops", "other Gops", _figure(3)),
-    Column("activations_m", "activations M", _figure(1)),
-    Column("published_params_m", "published params M", "{:g}".format),
-    Column("published_gmacs", "published GMACs", "{:g}".format),
-    Column("published_top1", "top-1 %", _figure(1)),
-    Column("difference", "difference", "{:+.1%}".format),
+    Column("input", "input", left=True),
+    Column("parameters", "params M", millions(2)),
+    Column("frozen_parameters", "frozen M", millions(2)),
+    Column("macs", "GMACs", billions(3)),
+    Column("transform_macs", "transform GMACs", billions(3)),
+    Column("other_ops", "other Gops", billions(3)),
+    Column("activations", "acts M", millions(1)),
+    Column("published_params_m", "published M"),
+    Column("params_difference", "dM", _sign),
+    Column("published_gmacs", "published G"),
+    Column("macs_difference", "dG", _sign),
+    Column("published_top1", "top-1"),
     Column("note", "note", left=True),
 ]
+_COUNTS = [
+    Column("macs", "MMACs", millions(3)),
+    Column("transform_macs", "transform MMACs", millions(3)),
+    Column("other_ops", "other Mops", millions(3)),
+    Column("activations", "acts M", millions(3)),
+]
+_SHARE = Column("share", "MACs %", lambda share: f"{100 * share:.1f}")
+PART_COLUMNS = {
+    "module": [Column("module", "module", left=True), Column("parameters", "params M", millions(3)), *_COUNTS, _SHARE],
+    "operator": [Column("operator", "operator", left=True), *_COUNTS, _SHARE],
+}
 
 
-def _same_as_printed(value: float, published: float) -> bool:
-    """Whether ``value`` rounds, or cuts, to the published figure at the digits it is printed with."""
-    digits = len(f"{published:g}".partition(".")[2])
-    unit = 10.0**-digits
-    return abs(value - published) <= unit / 2 + 1e-9 or math.isclose(math.floor(value / unit) * unit, published)
+# figures of a model
 
 
-def compare(counted: Complexity, release: Release) -> tuple[float | None, list[str]]:
-    """Relative difference to the published multiply-adds, by the rule they were counted with, and notes."""
-    notes = [release.note] if release.note else []
-    images = counted.input_shapes[0][0]
-    trained = (counted.parameters - counted.frozen) / 1e6
-    if release.params_m is not None and not _same_as_printed(trained, release.params_m):
-        notes.append(f"{trained:.2f} M trained parameters, published {release.params_m:g}")
-    if release.gmacs is None:
-        return None, notes
-    if counted.input_shapes[0][2:] != release.input_size[1:]:
-        return None, [*notes, f"published at {release.input_size[1]} x {release.input_size[2]}"]
-    columns = {"matmul": counted.macs, "matmul+norm": counted.macs + counted.norm_ops}
-    gmacs = columns[release.macs_rule] / images / 1e9
-    if release.macs_rule == "matmul+norm":
-        notes.append(f"published with norms: {gmacs:.3f} with ours")
-    if not _same_as_printed(gmacs, release.gmacs):
-        others = [rule for rule, macs in columns.items() if _same_as_printed(macs / images / 1e9, release.gmacs)]
-        reason = f"the published figure fits the rule {others[0]!r}" if others else "no rule of ours gives it"
-        notes.append(f"{gmacs:.3f} G by the rule {release.macs_rule!r}, published {release.gmacs:g}: {reason}")
-    return gmacs / release.gmacs - 1, notes
-
-
-def count_model(name: str, img_size: Sequence[int] | None = None, token_mixer: Any = None) -> tuple[dict, Complexity]:
-    """One row of the report, and the counts behind it.
+@functools.cache
+def count(name: str, img_size: tuple[int, int] | None, token_mixer: str | None) -> Complexity:
+    """Count a model or release by name, built without weights.
 
     Args:
-        name: ``arch`` (with its default release), ``arch.tag``, or an alias.
-        img_size: (H, W) in pixels; by default the size of the release.
-        token_mixer: swapped mixers, which leave no published figures to compare with.
+        name: ``arch`` or ``arch.tag``.
+        img_size: (H, W) in pixels; None for the model's own.
+        token_mixer: swapped mixers as text, see `parse_spec`.
     """
-    spec, tagged = resolve_name(name)
-    release = releases_of(spec.name)[tagged] if tagged else Release()
-    size = tuple(img_size or release.input_size[1:])
+    options = {"img_size": img_size, "token_mixer": token_mixer and parse_spec(token_mixer)}
     with torch.device("meta"):
-        model = create_model(tagged or name, token_mixer=token_mixer, img_size=size)
-    counted = complexity(model, size)
-    swapped = token_mixer is not None
-    difference, notes = (None, ["swapped mixers"]) if swapped else compare(counted, release)
-    if spec.note:
-        notes.append(spec.note)
-    if counted.uncounted:
-        notes.append("NOT COUNTED: " + ", ".join(f"{op} x{calls}" for op, calls in counted.uncounted.items()))
+        model = mixzoo.create_model(name, **options)
+    return mixzoo.complexity(model, img_size)
+
+
+def model_row(name: str, img_size: tuple[int, int] | None, token_mixer: str | None) -> Row:
+    """The row of a model or release, beside what was published for the same input and mixers."""
+    spec, release_name = resolve_name(name)
+    release = RELEASES[release_name] if release_name else Release()
+    size = img_size or (release.input_size[1:] if release_name else None)
+    counted = _counted(name, spec, release, size, token_mixer)
     row = {
         "model": name,
-        "input": "x".join(map(str, size)),
-        "params_m": counted.parameters / 1e6,
-        "frozen_m": counted.frozen / 1e6 if counted.frozen else None,
-        "gmacs": counted.macs / 1e9,
-        "transform_gmacs": counted.transform_macs / 1e9 if counted.transform_macs else None,
-        "norm_gops": counted.norm_ops / 1e9,
-        "other_gops": counted.other_ops / 1e9,
-        "activations_m": counted.activations / 1e6,
-        "published_params_m": None if swapped else release.params_m,
-        "published_gmacs": None if swapped else release.gmacs,
-        "published_top1": None if swapped else release.top1,
-        "difference": difference,
-        "note": "; ".join(notes),
+        "input": "x".join(map(str, counted.input_shapes[0][1:])),
+        "parameters": counted.parameters,
+        "frozen_parameters": counted.frozen_parameters,
+        "macs": counted.macs,
+        "transform_macs": counted.transform_macs,
+        "other_ops": counted.other_ops,
+        "activations": counted.activations,
     }
-    return row, counted
+    notes = [spec.note, release.note]
+    if token_mixer is not None:
+        notes.append(f"token mixers {token_mixer}")
+    elif release_name and size != release.input_size[1:]:
+        notes.append(f"published for {'x'.join(map(str, release.input_size[1:]))}")
+    else:
+        row |= _published(release)
+        notes += _compare(row, counted, release)
+    notes += [f"not counted: {operator} ({calls} calls)" for operator, calls in counted.uncounted.items()]
+    return row | {"note": "; ".join(filter(None, notes))}
+
+
+def _counted(
+    name: str, spec: ModelSpec, release: Release, size: tuple[int, int] | None, token_mixer: str | None
+) -> Complexity:
+    """`count`, once for the releases that differ in their weights alone."""
+    same = (
+        other
+        for other, candidate in releases_of(spec.name).items()
+        if (candidate.input_size, candidate.num_classes) == (release.input_size, release.num_classes)
+    )
+    return count(next(same, name), size, token_mixer)
+
+
+def _published(release: Release) -> Row:
+    return {
+        "published_params_m": release.params_m,
+        "published_gmacs": release.gmacs,
+        "published_macs_rule": release.macs_rule if release.gmacs is not None else None,
+        "published_top1": release.top1,
+    }
+
+
+def printed(value: float, like: float) -> str:
+    """``value`` rounded to the digits that the published number ``like`` has.
+
+    >>> printed(1.8123, 1.8), printed(26.77, 27)
+    ('1.8', '27')
+    """
+    digits = len(str(like).partition(".")[2]) if isinstance(like, float) else 0
+    return f"{value:.{digits}f}"
+
+
+def _compare(row: Row, counted: Complexity, release: Release) -> list[str]:
+    """Fill in the differences; returns what the reader must know to understand them."""
+    notes = []
+    if release.params_m is not None:
+        trainable = counted.trainable_parameters / 1e6
+        row["params_difference"] = _difference(trainable, release.params_m)
+        if row["params_difference"]:
+            notes.append(f"published parameters not reproduced: {trainable:.3f} M are trainable")
+    if release.gmacs is not None:
+        ours = counted.macs_by(release.macs_rule) / 1e9
+        row["macs_difference"] = _difference(ours, release.gmacs)
+        too = [COUNTED_TOO[column] for column in release.macs_rule.split("+") if column != "matmul"]
+        if row["macs_difference"]:
+            notes.append(_not_reproduced(counted, release))
+        elif too:
+            notes.append(f"published MACs include {' and '.join(too)}: {ours:.3f} G with them")
+    return notes
+
+
+def _difference(ours: float, published: float) -> float:
+    """Ours, rounded to the printed digits, minus the published figure."""
+    return round(float(printed(ours, published)) - published, 9)
+
+
+def _not_reproduced(counted: Complexity, release: Release) -> str:
+    """The figure under the stated rule, and the rules that would give the published one."""
+    published, rule = release.gmacs, release.macs_rule
+    note = f"published MACs not reproduced: {counted.macs_by(rule) / 1e9:.3f} G by their rule, {rule}"
+    subsets = ("+".join(["matmul", *c]) for n in range(len(COUNTED_TOO) + 1) for c in combinations(COUNTED_TOO, n))
+    fitting = [r for r in subsets if r != rule and not _difference(counted.macs_by(r) / 1e9, published)]
+    return f"{note}; they fit {' or '.join(fitting)}" if fitting else note
+
+
+def part_rows(counted: Complexity, by: str, depth: int) -> list[Row]:
+    """Rows of the modules down to ``depth`` names, or of the operators; the first row of modules is the model."""
+    if by == "module":
+        parts = {m: c for m, c in counted.by_module.items() if not m or m.count(".") < depth}
+    else:
+        parts = counted.by_operator
+    return [
+        {
+            by: name or "(model)",
+            "parameters": getattr(counts, "parameters", None),
+            "macs": counts.macs,
+            "transform_macs": counts.transform_macs,
+            "other_ops": counts.other_ops,
+            "activations": counts.activations,
+            "share": counts.macs / counted.macs if counted.macs else 0.0,
+        }
+        for name, counts in parts.items()
+    ]
+
+
+# choice of models
 
 
 def select(filters: Sequence[str], all_tags: bool) -> list[str]:
-    """Names of image models that the filters match: architectures, or every release of them.
+    """Names of models and releases that match any of the filters, in the order they are registered.
+
+    A filter with a dot chooses releases, others choose models, each shown as its default release.
 
     Raises:
-        ValueError: a filter matches nothing.
+        ValueError: a filter that matches nothing, with the nearest names.
     """
-    names: dict[str, None] = {}
+    chosen: list[str] = []
     for pattern in filters or ["*"]:
-        matched = list_models(pattern, modality="image")
-        if not matched:
-            spec, tagged = resolve_name(pattern)  # raises, with the nearest names
-            matched = [tagged if "." in pattern or pattern not in MODELS else spec.name]
-        for name in matched:
-            names.update(dict.fromkeys((all_tags and list(releases_of(name))) or [name]))
-    return list(names)
+        names: Iterable[str] = RELEASES if "." in pattern else MODELS
+        found = fnmatch.filter(names, pattern)
+        if not found and any(character in pattern for character in "*?["):
+            raise ValueError(f"no model matches {pattern!r}; mixzoo.list_models() lists all")
+        # an alias, or the error that names the nearest
+        chosen += found or [resolve_name(pattern)[1] or pattern]
+    if all_tags:
+        chosen = [tag for name in chosen for tag in (releases_of(name) if "." not in name else None) or [name]]
+    order = {name: i for i, name in enumerate([*RELEASES, *MODELS])}
+    families = {name: i for i, name in enumerate(MODELS)}
+    return sorted(dict.fromkeys(chosen), key=lambda name: (families[name.partition(".")[0]], order[name]))
 
 
-def _breakdown(counted: Complexity, by: str, depth: int) -> tuple[list[Column], list[dict]]:
-    """Rows of ``--by module`` or ``--by operator``, with the shares of all multiply-adds."""
-    table: Mapping[str, Mapping[str, int]] = counted.by_operator if by == "operator" else counted.by_module
-    columns = [
-        Column("name", by, left=True),
-        Column("gmacs", "GMACs", _figure(4)),
-        Column("share", "share", "{:.1%}".format),
-        Column("transform_gmacs", "transform GMACs", _figure(4)),
-        Column("norm_gops", "norm Gops", _figure(4)),
-        Column("other_gops", "other Gops", _figure(4)),
-        Column("activations_m", "activations M", _figure(2)),
-    ]
-    rows = [
-        {
-            "name": name or "(model)",
-            "gmacs": counts["matmul"] / 1e9,
-            "share": counts["matmul"] / max(counted.macs, 1),
-            "transform_gmacs": counts["transform"] / 1e9,
-            "norm_gops": counts["norm"] / 1e9,
-            "other_gops": counts["other"] / 1e9,
-            "activations_m": counts["activations"] / 1e6,
-        }
-        for name, counts in table.items()
-        if by == "operator" or not name or name.count(".") < depth
-    ]
-    rows += [{"name": f"NOT COUNTED {operator} x{calls}"} for operator, calls in counted.uncounted.items()]
-    return columns, rows
+# drawing
 
 
-def plot(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
-    """Published top-1 accuracy against counted multiply-adds, one colour a family, as a PNG.
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Draw published top-1 over our GMACs, a colour for each family and a line for each kind of its releases."""
+    # without pyplot, which would choose a window system
+    from matplotlib.figure import Figure
 
-    Raises:
-        ValueError: no row has a published accuracy. ImportError: matplotlib is missing.
-    """
-    rows = [row for row in rows if row["published_top1"] is not None]
-    if not rows:
-        raise ValueError("--plot: none of these models has a published accuracy")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install 'mixzoo[plots]'") from None
-
-    families: dict[str, list[Mapping[str, Any]]] = {}
+    lines: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        families.setdefault(row["model"].rpartition("_")[0], []).append(row)
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+        arch, _, tag = row["model"].partition(".")
+        lines.setdefault((arch.partition("_")[0], tag, row["input"]), []).append(row)
+    families = list(dict.fromkeys(family for family, _, _ in lines))
+    sizes = list(dict.fromkeys(size for _, _, size in lines))
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.add_subplot()
-    for family, members in families.items():
-        members = sorted(members, key=lambda row: row["gmacs"])
-        axes.plot([r["gmacs"] for r in members], [r["published_top1"] for r in members], "o-", label=family, lw=1)
-        for row in members:
-            label = row["model"].partition(".")[0].rpartition("_")[2]
-            axes.annotate(label, (row["gmacs"], row["published_top1"]), (4, -9), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="multiply-adds, G (matrix products and convolutions)", ylabel="ImageNet-1k top-1, %")
-    axes.legend(fontsize=8, loc="lower right")
-    axes.grid(alpha=0.3)
-    with _replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    for (family, tag, size), group in lines.items():
+        points = sorted((row["macs"] / 1e9, row["published_top1"], row["model"]) for row in group)
+        axes.plot(
+            [gmacs for gmacs, _, _ in points],
+            [top1 for _, top1, _ in points],
+            label=" ".join(filter(None, (family, tag, size if len(sizes) > 1 else ""))),
+            color=f"C{families.index(family) % 10}",
+            marker="os^Dv"[sizes.index(size) % 5],
+            markersize=4,
+            linewidth=0.8,
+        )
+        for gmacs, top1, name in points:
+            text = name.partition(".")[0].partition("_")[2]
+            axes.annotate(text, (gmacs, top1), xytext=(4, -3), textcoords="offset points", fontsize=7, va="top")
+    axes.set(xscale="log", xlabel="GMACs (matrix products and convolutions)", ylabel="published ImageNet-1k top-1, %")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    write_bytes(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:]))
 
 
-class _replacing:
-    """A temporary file beside ``path`` that takes its place when the block ends well, and goes otherwise."""
+# command line
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
-        return self.temporary
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            self.temporary.chmod(0o644)
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Arguments of the command."""
+    """Arguments of ``mixzoo report``."""
     parser = argparse.ArgumentParser(
         prog="mixzoo report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("filters", nargs="*", metavar="FILTER", help="names or shell patterns (default: all models)")
-    parser.add_argument("--all-tags", action="store_true", help="every release at its own input size")
-    parser.add_argument("--by", choices=("module", "operator"), help="break one model down")
-    parser.add_argument("--depth", type=int, default=2, help="of --by module: names with fewer dots (default: 2)")
+    parser.add_argument("filters", nargs="*", metavar="FILTER", help="name or shell pattern; with a dot, of releases")
+    parser.add_argument("--all-tags", action="store_true", help="every release of a model, not the default one alone")
+    parser.add_argument("--img-size", type=_positive, nargs="+", metavar=("H", "W"), help="default: as released")
+    parser.add_argument("--token-mixer", metavar="SPEC", help="swap the mixers: a name, one per stage a,b,c,d, or JSON")
+    parser.add_argument("--by", choices=tuple(PART_COLUMNS), help="break one model down by module or by operator")
+    parser.add_argument("--depth", type=_positive, metavar="N", help=f"names of a module (default: {DEFAULT_DEPTH})")
+    parser.add_argument("--format", choices=FORMATS, help="default: by the suffix of --output, else text")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to standard output")
     parser.add_argument(
-        "--img-size", type=int, nargs="+", metavar="PIXELS", help="side, or H W (default: the release's)"
+        "--plot", type=Path, metavar="FILE.png", help="draw published top-1 over GMACs (png, svg, pdf); mixzoo[plots]"
     )
-    parser.add_argument("--token-mixer", metavar="SPEC", help="swap the mixers: a name, one per stage, or JSON")
-    parser.add_argument("--format", choices=FORMATS, default="text", help="(default: text)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the terminal")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="accuracy against multiply-adds")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser
 
 
-def _validate(args: argparse.Namespace) -> list[str]:
-    """The names to report; raises ValueError for arguments that cannot work, before anything is counted."""
-    names = select(args.filters, args.all_tags)
-    if args.by and len(names) != 1:
-        raise ValueError(f"--by takes one model, the filters match {len(names)}")
-    if args.img_size is not None:
-        if len(args.img_size) > 2 or min(args.img_size) < 1:
-            raise ValueError(f"--img-size takes a side or H W in pixels, not {args.img_size}")
-        args.img_size = (args.img_size * 2)[:2] if len(args.img_size) == 1 else args.img_size
-    args.token_mixer = parse_spec(args.token_mixer) if args.token_mixer else None
+def _check(args: argparse.Namespace) -> None:
+    """Everything that can be wrong with the arguments, before anything is counted.
+
+    Raises:
+        ValueError: with one line for the user.
+    """
+    args.names = select(args.filters, args.all_tags)
+    if args.by and len(args.names) != 1:
+        raise ValueError(f"--by breaks one model down, but {len(args.names)} are chosen: {', '.join(args.names[:5])}")
+    if args.depth and args.by != "module":
+        raise ValueError("--depth is for --by module")
+    if args.img_size and len(args.img_size) > 2:
+        raise ValueError(f"--img-size takes a side, or height and width, not {len(args.img_size)} numbers")
+    if args.img_size:
+        args.img_size = (args.img_size[0], args.img_size[-1])
+    if args.plot and args.by:
+        raise ValueError("--plot compares models; leave out --by")
+    if args.plot and (args.img_size or args.token_mixer):
+        raise ValueError("--plot draws published accuracies, which --img-size and --token-mixer would not have")
+    if args.plot and args.plot.suffix not in PLOT_SUFFIXES:
+        raise ValueError(f"--plot must end in {' or '.join(PLOT_SUFFIXES)}, not {args.plot.name!r}")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install 'mixzoo[plots]'")
     for path in filter(None, (args.output, args.plot)):
+        if not path.parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path} exists; give --overwrite to replace it")
-        if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}")
-    return names
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def _model_rows(args: argparse.Namespace) -> list[Row]:
+    from tqdm import tqdm
+
+    with tqdm(args.names, unit="model", file=sys.stderr, delay=2, leave=False) as progress:
+        return [model_row(name, args.img_size, args.token_mixer) for name in progress]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        names = _validate(args)
-        rows, counted = [], None
-        for name in tqdm(names, desc="counting", unit="model", disable=len(names) < 4, file=sys.stderr, leave=False):
-            row, counted = count_model(name, args.img_size, args.token_mixer)
-            rows.append(row)
-        columns = [c for c in COLUMNS if c.left or any(row[c.key] is not None for row in rows)]
-        table = _breakdown(counted, args.by, args.depth) if args.by else (columns, rows)
-        text = RENDER[args.format](*table)
-        if args.plot:
-            plot(rows, args.plot)
-        if args.output:
-            with _replacing(args.output) as temporary:
-                temporary.write_text(text + "\n", encoding="utf-8")
+        _check(args)
+        if args.by:
+            counted = count(args.names[0], args.img_size, args.token_mixer)
+            columns, rows = PART_COLUMNS[args.by], part_rows(counted, args.by, args.depth or DEFAULT_DEPTH)
         else:
-            print(text)
-    except (ValueError, TypeError, ImportError, OSError) as error:
+            columns, rows = MODEL_COLUMNS, _model_rows(args)
+        known = [row for row in rows if row.get("published_top1") is not None]
+        if args.plot and not known:
+            raise ValueError("--plot has nothing to draw: no accuracy is published for these models")
+    except (ValueError, TypeError) as error:
         parser.error(str(error))
+    text = RENDER[args.format or SUFFIXES.get(args.output.suffix if args.output else "", "text")](columns, rows) + "\n"
+    if args.output:
+        write_bytes(args.output, lambda file: file.write(text.encode()))
+    else:
+        sys.stdout.write(text)
+    if args.plot:
+        plot(known, args.plot)
     return 0
 
 

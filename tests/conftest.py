@@ -21,7 +21,7 @@ import mixzoo
 from mixzoo.models._registry import MODELS
 
 # what a small model overrides of its row
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}
+SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 3, "dim": 32}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -51,13 +51,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shrink(name: str) -> dict:
     row = MODELS[name].row
-    return {key: value[: len(row[key])] for key, value in SMALL.items() if key in row}
+    return {k: value if isinstance(value, int) else value[: len(row[k])] for k, value in SMALL.items() if k in row}
 
 
 @pytest.fixture(scope="session")
 def shrink() -> Callable[[str], dict]:
     """``shrink(name)``: keywords that make a model small and leave the parts and options of its row alone."""
     return _shrink
+
+
+@pytest.fixture(scope="session")
+def fitting() -> Callable[[str, Sequence[int]], tuple[int, ...]]:
+    """``fitting(name, size)``: the nearest larger size whose sides the model takes; its own for models of any size."""
+
+    def run(name: str, size: Sequence[int]) -> tuple[int, ...]:
+        step = MODELS[name].row.get("patch_size", 1)
+        return tuple(-(-side // step) * step for side in size)
+
+    return run
 
 
 @pytest.fixture(scope="session")

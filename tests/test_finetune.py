@@ -186,7 +186,8 @@ def test_output_of_another_run_is_not_replaced(photos, tmp_path, capsys):
 
 def test_freezing_trains_the_head_alone_and_then_everything(photos, digits_run, tmp_path):
     model = digits_run / "best.safetensors"
-    command = (model, "--data", photos, "--cpu", "--freeze", "--epochs", 2, "--lr", 1e-2)
+    recipe = ("--preset", "digits", "--batch-size", 8, "--epochs", 4, "--lr", 2e-2)
+    command = (model, "--data", photos, "--cpu", "--freeze", *recipe)
     trained = mixzoo.load(model).state_dict()
 
     def changed(output) -> set[str]:

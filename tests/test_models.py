@@ -13,7 +13,7 @@ from mixzoo.mixers.pooling import Pooling
 from mixzoo.models import _slicing
 from mixzoo.models._registry import MODELS
 
-SIZE = (64, 48)
+SIZE = (64, 96)
 ODD_SIZES = ((65, 33), (47, 96))
 # parameter of a block whose token mixer is of this class -> why its gradient is zero
 WITHOUT_GRADIENT = {("token.norm.bias", Pooling): "pooling minus its input annihilates constants"}
@@ -59,7 +59,8 @@ def test_every_model_runs(model_name, small):
 
 
 @pytest.mark.parametrize("size", ODD_SIZES)
-def test_odd_sizes(model_kind, small, size):
+def test_odd_sizes(model_kind, small, fitting, size):
+    size = fitting(model_kind, size)
     model = small(model_kind, img_size=size)
     with torch.no_grad():
         assert all(y.isfinite().all() for y in tensors(model(inputs(size))))
@@ -67,9 +68,9 @@ def test_odd_sizes(model_kind, small, size):
             assert all(y.isfinite().all() for y in tensors(model(inputs((size[1], size[0])))))
 
 
-def test_size_changes_with_set_input_size(model_kind, small):
+def test_size_changes_with_set_input_size(model_kind, small, fitting):
     model = small(model_kind, img_size=SIZE)
-    for size in ODD_SIZES:
+    for size in (fitting(model_kind, size) for size in ODD_SIZES):
         model.set_input_size(size)
         assert tuple(model.img_size) == size
         with torch.no_grad():

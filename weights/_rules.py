@@ -318,10 +318,10 @@ def register_layouts(layouts: Iterable[Layout]) -> None:
 
 
 def choose(keys: Iterable[str], names: Iterable[str] | None = None, bridges: bool = False) -> Layout:
-    """The layout whose marks are among ``keys`` and that translates most of them to ``names``, or, without names, at all.
+    """The layout whose marks are among ``keys`` and that translates most of them.
 
     Args:
-        names: the parameters of the model they are for.
+        names: parameters of the model they are for; then translations to these count alone.
         bridges: choose among the bridges instead.
     """
     keys, names = list(keys), None if names is None else set(names)
