@@ -33,6 +33,7 @@ class MixerInfo:
         needs_grid: parameters depend on the grid, so ``grid_size`` is required and ``set_grid_size`` exists.
         extra_inputs: names of optional arguments of ``forward`` that a block passes along.
         paper: where it was published.
+        self_contained: brings its own norms and skips, so a block adds none; it has an option ``drop_path``.
         options: its own options and their defaults, read off the constructor.
     """
 
@@ -42,6 +43,7 @@ class MixerInfo:
     needs_grid: bool = False
     extra_inputs: tuple[str, ...] = ()
     paper: str = ""
+    self_contained: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -74,12 +76,14 @@ class Registry:
         needs_grid: bool = False,
         extra_inputs: Sequence[str] = (),
         paper: str = "",
+        self_contained: bool = False,
     ) -> Callable[[type[nn.Module]], type[nn.Module]]:
         """Class decorator that registers a mixer; see `MixerInfo` for the metadata.
 
         Raises:
             ValueError: the name is taken by another class.
-            TypeError: the constructor swallows unknown keywords, or a grid mixer lacks ``set_grid_size``.
+            TypeError: the constructor swallows unknown keywords, a grid mixer lacks ``set_grid_size``, or a
+                self-contained one the option ``drop_path``.
         """
 
         def decorate(factory: type[nn.Module]) -> type[nn.Module]:
@@ -88,8 +92,11 @@ class Registry:
                 raise ValueError(f"{self.kind} {name!r} is already registered as {known.factory.__qualname__}")
             if needs_grid and not callable(getattr(factory, "set_grid_size", None)):
                 raise TypeError(f"{self.kind} {name!r} is registered with needs_grid=True but has no set_grid_size")
+            options = _own_options(factory)
+            if self_contained and "drop_path" not in options:
+                raise TypeError(f"{self.kind} {name!r} is registered with self_contained=True but has no drop_path")
             self._infos[name] = MixerInfo(
-                name, factory, tuple(ranks), needs_grid, tuple(extra_inputs), paper, _own_options(factory)
+                name, factory, tuple(ranks), needs_grid, tuple(extra_inputs), paper, self_contained, options
             )
             return factory
 

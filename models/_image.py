@@ -113,7 +113,8 @@ class ClassifierHead(nn.Module):
 
 def init_linear(module: nn.Module) -> None:
     """Truncated normal weights (std 0.02, cut at 2), zero biases, on linear layers alone."""
-    if isinstance(module, nn.Linear):
+    # without storage there is nothing to draw, and drawing is most of the time of building a meta model
+    if isinstance(module, nn.Linear) and not module.weight.is_meta:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -122,7 +123,7 @@ def init_linear(module: nn.Module) -> None:
 def init_linear_and_conv(module: nn.Module) -> None:
     """`init_linear` on linear layers and convolutions."""
     init_linear(module)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and not module.weight.is_meta:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -150,10 +151,11 @@ def check_image(x: Tensor, model: ImageBackbone) -> None:
 
 
 class ImageBackbone(nn.Module):
-    """Abstract image model: ``stem``, ``stages`` (each ``(B, C, H, W)`` to ``(B, C', H', W')``) and ``head``.
+    """Abstract image model: ``stem``, ``stages`` (each ``(B, C, H, W)`` to ``(B, C', H', W')``), ``norm`` and ``head``.
 
-    A skeleton sets these three, `feature_info`, and the attributes below in its constructor, and says which input sizes
-    it takes. Everything timm asks of a model follows.
+    A skeleton sets them, `feature_info`, and the attributes below in its constructor, and says which input sizes it
+    takes. Everything timm asks of a model follows. The last norm is ``norm``, on the NCHW map and part of
+    `forward_features`, or is inside the head, as its authors have it; there is no ``norm`` unless a skeleton sets one.
 
     Attributes:
         num_classes, in_chans: classes of the head, channels of the image.
@@ -165,6 +167,7 @@ class ImageBackbone(nn.Module):
 
     stem: nn.Module
     stages: nn.Sequential
+    norm: nn.Module
     head: ClassifierHead
 
     def __init__(self, *, in_chans: int, num_classes: int, num_features: int, img_size: int | Sequence[int]):
@@ -178,6 +181,7 @@ class ImageBackbone(nn.Module):
         self.feature_info: list[dict] = []
         self.config: dict = {}
         self.class_names: list[str] | None = None
+        self.norm = nn.Identity()
 
     @abstractmethod
     def check_input_size(self, img_size: tuple[int, int]) -> None:
@@ -211,10 +215,10 @@ class ImageBackbone(nn.Module):
         return {name for name, _ in self.named_parameters() if name.endswith("pos_embed")}
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images ``(B, in_chans, H, W)`` to the last map ``(B, num_features, H', W')``, before norm and pooling."""
+        """Images ``(B, in_chans, H, W)`` to the last map ``(B, num_features, H', W')``, before the head."""
         if not torch.jit.is_scripting():
             check_image(x, self)
-        return self.stages(self.stem(x))
+        return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map to logits, or to the classifier's input ``(B, head_hidden_size)``."""
@@ -238,7 +242,7 @@ class ImageBackbone(nn.Module):
         Args:
             x: images ``(B, in_chans, H, W)``.
             indices: stages, negative ones from the end; an int takes the last n, None all.
-            norm: apply the head's norm to the last stage's map.
+            norm: apply the last norm to the last stage's map.
             stop_early: skip the stages after the last one taken.
             output_fmt: "NCHW" or "NHWC".
             intermediates_only: leave out the final map.
@@ -255,10 +259,11 @@ class ImageBackbone(nn.Module):
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
-                y = x.permute(0, 2, 3, 1)
-                y = self.head.norm(y) if norm and i == len(self.stages) - 1 else y
+                last_norm = norm and i == len(self.stages) - 1
+                y = (self.norm(x) if last_norm else x).permute(0, 2, 3, 1)
+                y = self.head.norm(y) if last_norm else y
                 maps.append(y if output_fmt == "NHWC" else y.permute(0, 3, 1, 2))
-        return maps if intermediates_only else (x, maps)
+        return maps if intermediates_only else (self.norm(x), maps)
 
     @torch.jit.ignore
     def prune_intermediate_layers(
@@ -271,7 +276,7 @@ class ImageBackbone(nn.Module):
         if shortened:
             self.num_features = self.head_hidden_size = self.head.dim = self.feature_info[last]["num_chs"]
         if prune_norm or shortened:
-            self.head.norm = nn.Identity()
+            self.norm, self.head.norm = nn.Identity(), nn.Identity()
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take

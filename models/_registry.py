@@ -29,8 +29,8 @@ class ModelSpec:
         modality: "image", "text" or "series".
         classifier: name of the last linear layer, first_conv: of the first convolution; None if there is none.
         fixed_input_size: parameters depend on the input size.
-        crop_pct: share of the image that evaluation crops, where no release says it.
-        reduction: stride of the last map. feature_levels: maps `features_only` gives by default.
+        crop_pct, input_size, mean, std, num_classes: of evaluation, where no release says it; see `Release`.
+        reduction: stride of the last map. feature_levels: `features_only` gives the last n maps.
         timm: whether it enters timm's registry (a classifier of images does).
         note: one line for tables.
     """
@@ -43,6 +43,10 @@ class ModelSpec:
     first_conv: str = "stem.conv"
     fixed_input_size: bool = False
     crop_pct: float = 0.9
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    num_classes: int = 1000
     reduction: int = 32
     feature_levels: int = 4
     timm: bool = True

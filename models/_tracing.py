@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
@@ -35,8 +37,12 @@ class TensorCall(nn.Module):
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
+def traceable(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Eval mode without gradients, compiled parts or fused fast paths; afterwards the model is as it was.
+
+    Args:
+        model: the model.
+        tensors: its inputs.
 
     Raises:
         ValueError: a part of the model is TorchScript.
@@ -46,7 +52,9 @@ def traceable(model: nn.Module) -> Iterator[None]:
             raise ValueError(f"module {name!r} is TorchScript, which hides its operators; give the Python module")
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_RecordConvolutions())
+        if any(tensor.is_meta for tensor in tensors):
+            stack.enter_context(_RecordConvolutions())
+            stack.enter_context(_RememberKernels())
         # the fast path would show as one operator; the composed form has the same matrix products
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
@@ -138,3 +146,49 @@ _CONVOLUTIONS = {
     F.conv_transpose2d: partial(_transposed_convolution, 2),
     F.conv_transpose3d: partial(_transposed_convolution, 3),
 }
+
+
+class _RememberKernels(TorchDispatchMode):
+    """Runs a kernel of meta tensors once for the same shapes: many are slow Python, and blocks repeat.
+
+    Only operators that return new tensors are remembered, by everything their outputs can depend on.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.known: dict[tuple, tuple[type, list[tuple | None]]] = {}
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        try:
+            key = (func, _described(args), _described(tuple(kwargs.items()))) if _is_functional(func) else None
+            known = self.known.get(key)
+        except TypeError:
+            # a tensor with values, or something unhashable
+            key = known = None
+        if known is not None:
+            kind, outputs = known
+            made = [torch.empty_strided(*o[:2], dtype=o[2], device="meta") if o else None for o in outputs]
+            return tuple(made) if kind is tuple else made[0]
+        output = func(*args, **kwargs)
+        outputs = output if isinstance(output, tuple) else (output,)
+        if key is not None and all(o is None or o.is_meta for o in outputs):
+            self.known[key] = type(output), [None if o is None else _described(o) for o in outputs]
+        return output
+
+
+@cache
+def _is_functional(func: OpOverload) -> bool:
+    returns = func._schema.returns
+    return not func._schema.is_mutable and all(str(r.type) == "Tensor" and r.alias_info is None for r in returns)
+
+
+def _described(value: Any) -> Any:
+    """A key for an argument: of a meta tensor its layout, of anything else the value with its type."""
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise TypeError("its values could matter")
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return type(value), value

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 from ..mixers._layers import make_norm
+from ..mixers._registry import Registry, split_spec
 
 
 class ResidualBranch(nn.Module):
@@ -82,6 +83,21 @@ class ResidualBranch(nn.Module):
         return self.norm(y) if self.post_norm else y
 
 
+class BareBranch(nn.Module):
+    """An operation that brings its own norms and skips, where a block has a `ResidualBranch` for others."""
+
+    def __init__(self, op: nn.Module):
+        super().__init__()
+        self.op = op
+
+    def forward(self, x: Tensor, extras: dict[str, Tensor] | None = None) -> Tensor:
+        if torch.jit.is_scripting():  # noqa: SIM108 - TorchScript would compile the **
+            y = self.op(x)
+        else:
+            y = self.op(x) if extras is None else self.op(x, **extras)
+        return y
+
+
 class MetaFormerBlock(nn.Module):
     """Token branch, then channel branch, both mixers given by name.
 
@@ -92,7 +108,8 @@ class MetaFormerBlock(nn.Module):
         grid_size: the grid, for mixers whose parameters depend on it.
         norm: "layer", "layer_nobias", "group" or "group_nobias", see `make_norm`; "group" sees the whole map.
         norm_eps: added to the variance.
-        layer_scale, res_scale, drop_path, post_norm: see `ResidualBranch`; the same for both branches.
+        layer_scale, res_scale, drop_path, post_norm: see `ResidualBranch`; the same for both branches. A mixer that
+            brings its own norms and skips takes the drop path alone.
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``. Of ``extras`` each mixer gets the inputs it was registered with.
     """
@@ -119,12 +136,14 @@ class MetaFormerBlock(nn.Module):
         grid = {"rank": rank, "grid_size": grid_size}
         scales = {"layer_scale": layer_scale, "res_scale": res_scale}
 
-        def branch(op: nn.Module) -> ResidualBranch:
-            norm_layer = make_norm(norm, dim, eps=norm_eps, **dd)
+        def branch(registry: Registry, spec: Any) -> nn.Module:
+            if registry[split_spec(spec)[0]].self_contained:
+                return BareBranch(registry.create(spec, dim, **grid, drop_path=drop_path, **dd))
+            op, norm_layer = registry.create(spec, dim, **grid, **dd), make_norm(norm, dim, eps=norm_eps, **dd)
             return ResidualBranch(norm_layer, op, dim=dim, **scales, drop_path=drop_path, post_norm=post_norm, **dd)
 
-        self.token = branch(TOKEN_MIXERS.create(token_mixer, dim, **grid, **dd))
-        self.channel = branch(CHANNEL_MIXERS.create(channel_mixer, dim, **grid, **dd))
+        self.token = branch(TOKEN_MIXERS, token_mixer)
+        self.channel = branch(CHANNEL_MIXERS, channel_mixer)
         self._grid_ops = tuple(
             name
             for name, registry, spec in (

@@ -185,7 +185,7 @@ def _count(
         warnings.simplefilter("ignore")
         from fvcore.nn.jit_analysis import JitModelAnalysis
 
-    with traceable(model):
+    with traceable(model, tensors):
         analysis = JitModelAnalysis(TensorCall(model, names), tensors)
         analysis.tracer_warnings("none").unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.set_op_handle(**{operator: partial(_handle, operator, rule) for operator, rule in RULES.items()})

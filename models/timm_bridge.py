@@ -51,7 +51,8 @@ def _pretrained_cfg(spec: ModelSpec, release: Release) -> dict[str, Any]:
 
 def _cfgs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
     """timm's descriptions of all releases of a model by tag, or one without weights and tag."""
-    releases = releases_of(spec.name) or {spec.name: Release(crop_pct=spec.crop_pct)}
+    evaluation = ("crop_pct", "input_size", "mean", "std", "num_classes")
+    releases = releases_of(spec.name) or {spec.name: Release(**{key: getattr(spec, key) for key in evaluation})}
     return {name.partition(".")[2]: _pretrained_cfg(spec, release) for name, release in releases.items()}
 
 
@@ -125,7 +126,7 @@ def _build(spec: ModelSpec, cfg: PretrainedCfg, weights: Any, options: dict[str,
         spec.name,
         pretrained=False,
         pretrained_cfg=dataclasses.replace(cfg, state_dict=None).to_dict(),
-        feature_cfg={"feature_cls": "getter", "out_indices": tuple(range(spec.feature_levels))},
+        feature_cfg={"feature_cls": "getter", "out_indices": spec.feature_levels},
         **options,
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ._data import EpochSampler, ImageData, TransformedImages
+from ._runs import leave_signals_to_parent
 from ._training import Loaders
 
 # fewer classes make a top-5 accuracy meaningless
@@ -110,6 +111,7 @@ def make_loaders(
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": torch.cuda.is_available(),
+        "worker_init_fn": leave_signals_to_parent,
     }
 
     def fixed(images) -> DataLoader:
@@ -129,6 +131,7 @@ def make_loaders(
         test=fixed(data.test) if data.test is not None else None,
         sampler=sampler,
         batch_size=batch_size,
+        val_name=data.val_name,
     )
 
 

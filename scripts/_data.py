@@ -211,8 +211,8 @@ def _open_image(path: str) -> Image.Image:
         with open(path, "rb") as file:
             image = Image.open(file)
             image.load()
-    except OSError as error:
-        raise ValueError(f"--data: image {path} cannot be read: {error}") from None
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of them for damaged files
+        raise OSError(f"--data: image {path} cannot be read: {error}") from None
     return image
 
 

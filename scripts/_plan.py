@@ -105,7 +105,7 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
     """
     data = load_images(args.data, data_dir=args.data_dir, download=args.download)
     start = start_of(args)
-    preset = preset_for(args.data, data.size) if args.preset == "auto" else args.preset
+    preset = preset_for(args.data, data.size, data.channels) if args.preset == "auto" else args.preset
     recipe = _recipe(args, PRESETS[preset, start])
     classes = len(data.class_names)
     if args.num_classes is not None and args.num_classes < classes:

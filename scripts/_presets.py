@@ -117,13 +117,16 @@ PRESETS: dict[tuple[str, str], Recipe] = {
     ),
 }
 NAMES = tuple(dict.fromkeys(name for name, _ in PRESETS))
-# images of up to this side are trained as "cifar"
+# images of up to this side are small
 _SMALL_IMAGE = 64
 
 
-def preset_for(source: str, size: tuple[int, int]) -> str:
-    """The preset that suits a data source with images of this size: `--preset auto`."""
-    if source == DIGITS:
+def preset_for(source: str, size: tuple[int, int], channels: int) -> str:
+    """The preset that suits a data source with images of this size: `--preset auto`.
+
+    Small grey images are taken for characters, which must not be mirrored.
+    """
+    if source == DIGITS or (channels == 1 and max(size) <= _SMALL_IMAGE):
         return "digits"
     return "cifar" if max(size) <= _SMALL_IMAGE else "imagenet"
 

@@ -159,3 +159,9 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+
+
+def leave_signals_to_parent(worker_id: int) -> None:
+    """For processes that load data: Ctrl-C reaches them too, and would end them while the parent still needs them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

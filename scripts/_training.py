@@ -67,13 +67,17 @@ class LoopSettings:
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a task; ``sampler`` draws the training batches, ``batch_size`` is that of one process."""
+    """Batches of a task; ``sampler`` draws the training batches, ``batch_size`` is that of one process.
+
+    ``val_name`` is what the data calls the split that is measured after every epoch.
+    """
 
     train: DataLoader
     val: DataLoader
     test: DataLoader | None
     sampler: EpochSampler
     batch_size: int
+    val_name: str = "val"
 
 
 class Task(Protocol):
@@ -141,6 +145,7 @@ class Trainer:
         self._pending: list[tuple[int, dict[str, Tensor]]] = []
         self._seconds = 0.0
         self._stop: StopRequest | bool = False
+        self._val_name = loaders.val_name
         self._items_per_step = loaders.batch_size * accelerator.num_processes
 
         self.net = net.to(accelerator.device)
@@ -366,7 +371,7 @@ class Trainer:
         self.folder.write_log(self.history)
         print(
             f"epoch {self.epoch:>{len(str(self.settings.epochs))}}/{self.settings.epochs}: "
-            f"train {self.task.describe(means)} | val {self.task.describe(values)} | "
+            f"train {self.task.describe(means)} | {self._val_name} {self.task.describe(values)} | "
             f"lr {lr:.1e}, {row['seconds']:.0f} s{' *' if self.best[1] == self.epoch else ''}",
             flush=True,
         )

@@ -49,7 +49,8 @@ small images
   From scratch the input size follows the data: images of up to 64 pixels are trained at their own size, digits (8x8)
   enlarged to 32x32, others at 224. A published stem divides the size by 4 and the stages by another 8, so --stem auto
   puts a 3x3 convolution of stride 1 (--stem small) in its place for inputs of up to 64 pixels; the digits preset keeps
-  the published stem, which is quicker and enough there. Digits are shifted and turned a little, never mirrored.
+  the published stem, which is quicker and enough there. Digits, and small grey images of any source, are shifted and
+  turned a little, never mirrored or cropped.
   With weights the stem stays and images are enlarged to the size the weights were trained at, unless --img-size says
   otherwise.
 

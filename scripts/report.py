@@ -6,8 +6,8 @@
     mixzoo report caformer_s18 --by module --depth 3
     mixzoo report metaformer_s12 --token-mixer pooling,pooling,attention,attention --img-size 256 320
 
-Parameters are counted with the frozen ones. GMACs are multiply-adds of matrix products and convolutions, transform GMACs
-those of FFTs and the like, other Gops all further operations; `mixzoo.complexity` says how each is counted.
+Parameters are counted with the frozen ones. GMACs are multiply-adds of matrix products and convolutions, transform
+GMACs those of FFTs and the like, other Gops all further operations; `mixzoo.complexity` says how each is counted.
 
 The columns dM and dG compare trainable parameters and MACs with the published figures, once ours are rounded to the
 digits that were printed; "=" means the same digits. MACs are compared under the rule that the published figure was
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import functools
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -342,7 +343,9 @@ def _check(args: argparse.Namespace) -> None:
 def _model_rows(args: argparse.Namespace) -> list[Row]:
     from tqdm import tqdm
 
-    with tqdm(args.names, unit="model", file=sys.stderr, delay=2, leave=False) as progress:
+    # tracing allocates much, and every collection would walk over all that the imports left
+    gc.freeze()
+    with tqdm(args.names, unit="model", file=sys.stderr, delay=2, leave=False, disable=None) as progress:
         return [model_row(name, args.img_size, args.token_mixer) for name in progress]
 
 

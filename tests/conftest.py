@@ -21,7 +21,7 @@ import mixzoo
 from mixzoo.models._registry import MODELS
 
 # what a small model overrides of its row
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 3, "dim": 32}
+SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 4, "dim": 32}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:

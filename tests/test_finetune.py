@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import struct
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 
 import mixzoo
 from mixzoo.scripts import _training, finetune
-from mixzoo.scripts._classification import Classification
+from mixzoo.scripts._classification import Classification, Pixels
 from mixzoo.scripts._data import (
     ArrayImages,
     EpochSampler,
@@ -26,6 +27,7 @@ from mixzoo.scripts._data import (
     load_images,
     stratified_holdout,
 )
+from mixzoo.scripts._presets import PRESETS, preset_for
 from mixzoo.scripts._runs import write_atomically
 
 TINY = ("poolformerv2_s12", "--set", "depths=[1,1,1,1]", "--set", "dims=[8,16,24,32]", "--cpu")
@@ -320,15 +322,48 @@ def test_loss_that_is_no_number_ends_the_run(photos, tmp_path, monkeypatch, caps
     assert not (tmp_path / "best.safetensors").exists()
 
 
-def test_unreadable_image_is_named(photos, tmp_path, capsys):
-    write_images(tmp_path / "data", range(2), 6)
-    (tmp_path / "data" / "digit_1" / "0.png").write_bytes(b"no image")
-    try:
-        status = run(*TINY, "--data", tmp_path / "data", "--epochs", 1, output=tmp_path / "run")
-    except SystemExit as stop:
-        status = stop.code
-    assert status in (1, 2)
-    assert "0.png" in capsys.readouterr().err
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_image_is_named(tmp_path, capsys, workers):
+    write_images(tmp_path / "data", range(2), 20)
+    (tmp_path / "data" / "digit_0" / "1.png").write_bytes(b"no image")
+    command = (*TINY, "--data", tmp_path / "data", "--epochs", 1, "--workers", workers)
+    assert run(*command, output=tmp_path / "run") == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("mixzoo finetune: ")
+    assert "1.png cannot be read" in message
+
+
+def test_named_data_set(tmp_path):
+    """torch/mnist, from files in its format."""
+    digits, raw = load_digits(), tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, part in (("train", slice(0, 40)), ("t10k", slice(40, 60))):
+        pixels = np.kron((digits.images[part] * 15).astype(np.uint8), np.ones((1, 3, 3), np.uint8))
+        labels = digits.target[part].astype(np.uint8)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, *pixels.shape) + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, len(labels)) + labels.tobytes())
+    data = load_images("torch/mnist", data_dir=str(tmp_path))
+    assert (data.name, len(data.train), len(data.val), data.channels, data.size) == ("torch-mnist", 40, 20, 1, (24, 24))
+    assert len(data.class_names) == 10
+    assert data.class_names[0].startswith("0")
+    assert [label for _, label in data.val] == digits.target[40:60].tolist()
+
+
+def test_preset_follows_the_data():
+    assert preset_for("digits", (8, 8), 1) == "digits"
+    assert preset_for("torch/mnist", (28, 28), 1) == "digits"
+    assert preset_for("torch/cifar10", (32, 32), 3) == "cifar"
+    assert preset_for("photos", (375, 500), 3) == "imagenet"
+
+
+@pytest.mark.parametrize("row", PRESETS, ids=" ".join)
+def test_every_preset_makes_images_of_the_right_shape(row):
+    pixels = Pixels(3, (24, 32), (0.5,) * 3, (0.25,) * 3, "bicubic", 0.9)
+    image = Image.fromarray(np.random.default_rng(0).integers(256, size=(40, 30, 3), dtype=np.uint8))
+    for transform in (pixels.train_transform(PRESETS[row].augmentation), pixels.eval_transform()):
+        for seed in range(40):
+            with drawing_from(seed):
+                assert transform(image).shape == (3, 24, 32)
 
 
 def test_folder_splits(photos, tmp_path):

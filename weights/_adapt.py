@@ -252,6 +252,14 @@ def leave_swapped(model: nn.Module, plan: Plan) -> None:
         kind = type(module).__name__
         plan.drop((f"{name}.{key}" for key in source), f"the mixer was swapped for {kind}")
         plan.fresh.update({f"{name}.{key}": f"{kind} replaces the source's mixer" for key in target})
+        # one of the two mixers may bring its own norm, where the other has that of its branch
+        branch = name.rpartition(".")[0]
+        own, theirs = (_inside(tensors, f"{branch}.norm") for tensors in (model.state_dict(), plan.tensors))
+        plan.drop((f"{branch}.norm.{key}" for key in theirs if key not in own), f"{kind} has no norm before it")
+        # only a mixer with norms of its own excuses a source that has none before it
+        if any("norm" in key for key in source):
+            lacking = [f"{branch}.norm.{key}" for key in own if key not in theirs]
+            plan.fresh.update(dict.fromkeys(lacking, "the source's mixer has no norm before it"))
 
 
 def account(model: nn.Module, plan: Plan, unknown: Sequence[str], strict: bool) -> None:

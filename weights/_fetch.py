@@ -62,11 +62,14 @@ def _first_line(error: Exception) -> str:
 
 def _from_hub(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import EntryNotFoundError
+    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     for file in _HUB_FILES:
         try:
             return Path(hf_hub_download(repo, file))
+        except LocalEntryNotFoundError:
+            # the Hub did not answer, so nothing is known of the other file either
+            raise
         except EntryNotFoundError:
             continue
     raise FileNotFoundError(f"{repo} has neither {' nor '.join(_HUB_FILES)}")
@@ -80,7 +83,10 @@ def _from_url(url: str) -> Path:
         return Path(hf_hub_download(hub["repo"], hub["file"], revision=hub["revision"]))
     from timm.models._hub import download_cached_file
 
-    return Path(download_cached_file(url, progress=True))
+    folder, file = url.rsplit("/", 2)[1:]
+    # the cache goes by the last part of the address, which some publishers give to several files
+    shared = any(r.url != url and r.url.endswith(f"/{file}") for r in RELEASES.values())
+    return Path(download_cached_file((url, f"{folder}-{file}") if shared else url, progress=True))
 
 
 def known_hash(path: Path, release: Release) -> str:

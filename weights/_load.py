@@ -36,6 +36,7 @@ class LoadReport:
         fresh: those that kept the values they had, and why.
         adapted: what was changed to fit, and how.
         ignored: what the source had besides, and why it was left out.
+        activation: form of GELU that the source's network has, for a model that leaves the choice.
     """
 
     source: str
@@ -45,6 +46,7 @@ class LoadReport:
     fresh: dict[str, str] = field(default_factory=dict)
     adapted: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
+    activation: str | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.source} (layout {self.layout}: {self.title}): {len(self.loaded)} tensors loaded"]
@@ -150,8 +152,9 @@ def plan_load(model: nn.Module, contents: Contents, strict: bool) -> tuple[LoadR
     _adapt.account(model, plan, unknown, strict)
     _raise_problems(model, contents, layout, plan, unknown)
     loaded = tuple(key for key in model.state_dict() if key in plan.tensors)
-    report = LoadReport(contents.name, layout.name, layout.title, loaded, plan.fresh, plan.adapted, plan.ignored)
-    return report, plan
+    activation = layout.activation or saved.get("act")
+    accounts = (plan.fresh, plan.adapted, plan.ignored)
+    return LoadReport(contents.name, layout.name, layout.title, loaded, *accounts, activation), plan
 
 
 def _options(model: nn.Module) -> dict[str, Any]:
@@ -241,5 +244,8 @@ def commit(model: nn.Module, report: LoadReport, plan: Plan, provenance: Mapping
     with torch.no_grad():
         for key in report.loaded:
             targets[key].copy_(plan.tensors[key])
+    if report.activation is not None and hasattr(model, "set_activation") and model.act != report.activation:
+        model.set_activation(report.activation)
+        model.config.setdefault("options", {})["act"] = report.activation
     if getattr(model, "config", None) is not None and provenance:
         model.config["weights"] = dict(provenance)

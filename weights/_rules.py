@@ -154,18 +154,20 @@ class Rule:
     def __post_init__(self) -> None:
         if self.ours is None and not self.why:
             raise ValueError(f"rule for {self.theirs!r} leaves the key out without a reason")
-        for pattern in self.patterns:
-            if pattern.words.keys() != self.source.words.keys():
-                raise ValueError(f"{self.theirs!r} and {pattern.text!r} have different placeholders")
 
     @cached_property
     def source(self) -> Pattern:
         return Pattern(self.theirs)
 
+    # compiled when first needed: most processes that import the library read one layout or none
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours or ()
-        return tuple(Pattern(text, self.source.words) for text in ours)
+        patterns = tuple(Pattern(text, self.source.words) for text in ours)
+        for pattern in patterns:
+            if pattern.words.keys() != self.source.words.keys():
+                raise ValueError(f"{self.theirs!r} and {pattern.text!r} have different placeholders")
+        return patterns
 
     @cached_property
     def exception(self) -> Pattern | None:
@@ -219,6 +221,7 @@ class Layout:
         marks: patterns of keys that all occur in this layout; they tell it from the others.
         rules: the table; the first rule that fits a key counts.
         fresh: (pattern of our key, reason): parameters that this layout never holds and that keep their values.
+        activation: form of GELU that this publisher's network has, which a model that leaves the choice takes on.
         bridge: its keys are ours too, of another form of the model (a classifier's for a dense-prediction form).
     """
 
@@ -227,6 +230,7 @@ class Layout:
     marks: tuple[str, ...]
     rules: Sequence[Rule | Sequence]
     fresh: Sequence[tuple[str, str]] = ()
+    activation: str | None = None
     bridge: bool = False
 
     @cached_property

@@ -147,13 +147,10 @@ _TIMM = [
     ("head.fc.{l:fc1|norm|fc2}.{p:weight|bias}", "head.fc.{l}.{p}"),
 ]
 
-register_layouts(
-    [
-        Layout(
-            "sail", "sail-sg/metaformer", ("downsample_layers.0.conv.weight", "stages.{s}.{i}.mlp.fc1.weight"), _SAIL
-        ),
-        Layout("sail", "sail-sg/metaformer, one block", ("mlp.fc1.weight", "mlp.act.scale"), _BLOCK + _LINEAR),
-        Layout("sail", "sail-sg/metaformer, one separable convolution", ("pwconv1.weight", "act1.scale"), _MIXER),
-        Layout("timm", "timm's MetaFormers", ("stem.conv.weight", "stages.0.blocks.{i}.mlp.fc1.weight"), _TIMM),
-    ]
-)
+LAYOUTS = [
+    Layout("sail", "sail-sg/metaformer", ("downsample_layers.0.conv.weight", "stages.{s}.{i}.mlp.fc1.weight"), _SAIL),
+    Layout("sail", "sail-sg/metaformer, one block", ("mlp.fc1.weight", "mlp.act.scale"), _BLOCK + _LINEAR),
+    Layout("sail", "sail-sg/metaformer, one separable convolution", ("pwconv1.weight", "act1.scale"), _MIXER),
+    Layout("timm", "timm's MetaFormers", ("stem.conv.weight", "stages.0.blocks.{i}.mlp.fc1.weight"), _TIMM),
+]
+register_layouts(LAYOUTS)

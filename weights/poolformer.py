@@ -105,59 +105,58 @@ _HF = [
 
 _DETECTOR = "neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_head"
 
-register_layouts(
-    [
-        Layout("sail", "sail-sg/poolformer, classification", (_MARK,), [*_body(), *_HEAD]),
-        Layout(
-            "sail",
-            "sail-sg/poolformer, position embedding before stage 4 (pppa)",
-            ("network.6.pos_embed",),
-            [*_body(stages=(0, 2, 4, 7)), *_position(6, 3), *_HEAD],
-        ),
-        Layout(
-            "sail",
-            "sail-sg/poolformer, position embedding before stage 3 (ppaa)",
-            ("network.4.pos_embed",),
-            [*_body(stages=(0, 2, 5, 7), downsamplings=(1, 3, 6)), *_position(4, 2), *_HEAD],
-        ),
-        Layout("sail", "sail-sg/poolformer, dense prediction", (_MARK, _DENSE_MARK), _DENSE),
-        Layout("sail", "sail-sg/poolformer, one block", ("mlp.fc1.weight", "layer_scale_1"), _BLOCK),
-        Layout(
-            "huggingface",
-            "transformers PoolFormerForImageClassification",
-            ("poolformer.encoder.block.{s}.{i}.before_norm.weight",),
-            [*under("poolformer.encoder.", "", _HF), *_NORM, ("classifier.{p:weight|bias}", "head.fc.{p}")],
-        ),
-        Layout(
-            "mmpretrain",
-            "OpenMMLab, classification",
-            (f"backbone.{_MARK}", "backbone.norm6.weight"),
-            [
-                *under("backbone.", "", _body()),
-                ("backbone.norm6.{p:weight|bias}", "head.norm.{p}"),
-                ("head.fc.{p:weight|bias}", "head.fc.{p}"),
-            ],
-        ),
-        Layout(
-            "mmdetection",
-            "OpenMMLab, the backbone of a detector or segmenter",
-            (f"backbone.{_MARK}", "backbone.norm2.weight"),
-            [
-                *under("backbone.", "", _DENSE),
-                (f"{{part:{_DETECTOR}}}.{{rest:*}}", None, "not part of the backbone"),
-            ],
-        ),
-        Layout(
-            "classifier",
-            "ImageNet weights for dense prediction",
-            ("stages.0.blocks.0.channel.op.fc1.weight",),
-            [
-                ("stem.{rest:*}", "body.stem.{rest}"),
-                ("stages.{rest:*}", "body.stages.{rest}"),
-                ("head.{rest:*}", None, "dense prediction has no classifier"),
-            ],
-            fresh=[("norms.{s}.{p:weight|bias}", "ImageNet weights have no norms for dense prediction")],
-            bridge=True,
-        ),
-    ]
-)
+LAYOUTS = [
+    Layout("sail", "sail-sg/poolformer, classification", (_MARK,), [*_body(), *_HEAD]),
+    Layout(
+        "sail",
+        "sail-sg/poolformer, position embedding before stage 4 (pppa)",
+        ("network.6.pos_embed",),
+        [*_body(stages=(0, 2, 4, 7)), *_position(6, 3), *_HEAD],
+    ),
+    Layout(
+        "sail",
+        "sail-sg/poolformer, position embedding before stage 3 (ppaa)",
+        ("network.4.pos_embed",),
+        [*_body(stages=(0, 2, 5, 7), downsamplings=(1, 3, 6)), *_position(4, 2), *_HEAD],
+    ),
+    Layout("sail", "sail-sg/poolformer, dense prediction", (_MARK, _DENSE_MARK), _DENSE),
+    Layout("sail", "sail-sg/poolformer, one block", ("mlp.fc1.weight", "layer_scale_1"), _BLOCK),
+    Layout(
+        "huggingface",
+        "transformers PoolFormerForImageClassification",
+        ("poolformer.encoder.block.{s}.{i}.before_norm.weight",),
+        [*under("poolformer.encoder.", "", _HF), *_NORM, ("classifier.{p:weight|bias}", "head.fc.{p}")],
+    ),
+    Layout(
+        "mmpretrain",
+        "OpenMMLab, classification",
+        (f"backbone.{_MARK}", "backbone.norm6.weight"),
+        [
+            *under("backbone.", "", _body()),
+            ("backbone.norm6.{p:weight|bias}", "head.norm.{p}"),
+            ("head.fc.{p:weight|bias}", "head.fc.{p}"),
+        ],
+    ),
+    Layout(
+        "mmdetection",
+        "OpenMMLab, the backbone of a detector or segmenter",
+        (f"backbone.{_MARK}", "backbone.norm2.weight"),
+        [
+            *under("backbone.", "", _DENSE),
+            (f"{{part:{_DETECTOR}}}.{{rest:*}}", None, "not part of the backbone"),
+        ],
+    ),
+    Layout(
+        "classifier",
+        "ImageNet weights for dense prediction",
+        ("stages.0.blocks.0.channel.op.fc1.weight",),
+        [
+            ("stem.{rest:*}", "body.stem.{rest}"),
+            ("stages.{rest:*}", "body.stages.{rest}"),
+            ("head.{rest:*}", None, "dense prediction has no classifier"),
+        ],
+        fresh=[("norms.{s}.{p:weight|bias}", "ImageNet weights have no norms for dense prediction")],
+        bridge=True,
+    ),
+]
+register_layouts(LAYOUTS)
