@@ -98,6 +98,10 @@ class ClassifierHead(nn.Module):
         self.fc = self._classifier(num_classes, device, dtype)
         self.train(self.training)
 
+    def remove_norm(self) -> None:
+        """Leave maps as they are."""
+        self.norm = nn.Identity()
+
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.norm_first:
             x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -276,7 +280,8 @@ class ImageBackbone(nn.Module):
         if shortened:
             self.num_features = self.head_hidden_size = self.head.dim = self.feature_info[last]["num_chs"]
         if prune_norm or shortened:
-            self.norm, self.head.norm = nn.Identity(), nn.Identity()
+            self.norm = nn.Identity()
+            self.head.remove_norm()
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take

@@ -231,6 +231,8 @@ def _parts(model: nn.Module) -> dict[str, nn.Module]:
     """Children of the model by name; those of a list or sequence of stages one by one."""
     parts = {}
     for name, child in model.named_children():
+        if isinstance(child, nn.Identity):
+            continue
         if isinstance(child, nn.ModuleList | nn.Sequential) and len(child):
             parts |= {f"{name}.{index}": part for index, part in child.named_children()}
         else:

@@ -115,9 +115,30 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
     pixels = _pixels(net, data)
     total_batch = recipe.batch_size * processes * args.accumulate
     row = PRESETS[preset, start]
-    loop = LoopSettings(
+    lr = args.lr if args.lr is not None else row.lr * total_batch / row.batch_size
+    loop = _loop(args, recipe, lr)
+    name = Path(args.model).stem if is_own_file(args.model) else args.model
+    described = {
+        "model": args.model,
+        "weights": args.checkpoint or bool(args.pretrained),
+        "data": args.data,
+        "classes": data.class_names,
+        "preset": preset,
+        "options": dict(net.config["options"]),
+        "recipe": {key: value for key, value in asdict(recipe).items() if key != "evidence"},
+        "pixels": asdict(pixels),
+        "loop": asdict(loop),
+        "processes": processes,
+        "precision": precision,
+    }
+    folder = RunFolder(args.output or Path("runs") / f"{name}-{data.name}")
+    return Plan(data, net, preset, start, recipe, pixels, loop, folder, described)
+
+
+def _loop(args: argparse.Namespace, recipe: Recipe, lr: float) -> LoopSettings:
+    return LoopSettings(
         epochs=recipe.epochs,
-        lr=args.lr if args.lr is not None else row.lr * total_batch / row.batch_size,
+        lr=lr,
         weight_decay=recipe.weight_decay,
         optimizer=recipe.optimizer,
         layer_decay=recipe.layer_decay,
@@ -129,30 +150,6 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         unfreeze_after=args.unfreeze_after,
         seed=args.seed,
         compile=args.compile,
-    )
-    name = Path(args.model).stem if is_own_file(args.model) else args.model
-    return Plan(
-        data=data,
-        net=net,
-        preset=preset,
-        start=start,
-        recipe=recipe,
-        pixels=pixels,
-        loop=loop,
-        folder=RunFolder(args.output or Path("runs") / f"{name}-{data.name}"),
-        described={
-            "model": args.model,
-            "weights": args.checkpoint or bool(args.pretrained),
-            "data": args.data,
-            "classes": data.class_names,
-            "preset": preset,
-            "options": dict(net.config["options"]),
-            "recipe": {key: value for key, value in asdict(recipe).items() if key != "evidence"},
-            "pixels": asdict(pixels),
-            "loop": asdict(loop),
-            "processes": processes,
-            "precision": precision,
-        },
     )
 
 

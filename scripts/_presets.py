@@ -56,6 +56,10 @@ PRESETS: dict[tuple[str, str], Recipe] = {
         augmentation=Augmentation(affine=(5.0, 0.05, 0.05)),
         warmup=1.0,
         grad_clip=1.0,
+        evidence=(
+            "mixzoo finetune poolformerv2_s12 --data digits: 98.33 % test accuracy (seeds 0 and 1 alike),\n"
+            "317 s on one thread of a busy 2-core machine"
+        ),
     ),
     ("digits", "tuned"): Recipe(
         img_size=None,

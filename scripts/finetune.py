@@ -136,7 +136,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cutmix", type=at_least_0, metavar="ALPHA", help="0: off")
     group.add_argument("--smoothing", type=share, metavar="P", help="label smoothing")
     group.add_argument("--ema", type=share, metavar="DECAY", help="average the weights, e.g. 0.999; 0: off")
-    group.add_argument("--seed", type=_number(int, 0), default=0, metavar="N")
+    group.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of everything random (0)")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +144,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", metavar="DIR", help="folder of the run, default runs/MODEL-DATA")
     group.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     group.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    group.add_argument("--workers", type=_number(int, 0), default=0, metavar="N", help="processes that load images")
+    group.add_argument("--workers", type=_number(int, 0), default=0, metavar="N", help="processes that load images (0)")
     group.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
     group.add_argument("--cpu", action="store_true", help="do not use an accelerator")
     group.add_argument("--compile", action="store_true", help="compile the model by torch.compile")
