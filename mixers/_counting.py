@@ -282,7 +282,12 @@ for _kind, _names in {
 
 
 def _elementwise(inputs: Values, outputs: Values, ops: int, product: bool = False) -> Mapping[str, int | float]:
-    """``ops`` an element of the output; in complex arithmetic a product is 6 flops, any other operation 2."""
+    """``ops`` an element of the output; in complex arithmetic a product is 6 flops, any other operation 2.
+
+    Single numbers are free: the tracer writes arithmetic on shapes as tensors without axes.
+    """
+    if shape(outputs[0]) == ():
+        return {}
     if is_complex(outputs[0]):
         flops = 6 if product and len(inputs) > 1 and all(map(is_complex, inputs[:2])) else 2
         return {"transform": numel(outputs[0]) * ops * flops // 2}

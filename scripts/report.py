@@ -345,8 +345,11 @@ def _model_rows(args: argparse.Namespace) -> list[Row]:
 
     # tracing allocates much, and every collection would walk over all that the imports left
     gc.freeze()
-    with tqdm(args.names, unit="model", file=sys.stderr, delay=2, leave=False, disable=None) as progress:
-        return [model_row(name, args.img_size, args.token_mixer) for name in progress]
+    try:
+        with tqdm(args.names, unit="model", file=sys.stderr, delay=2, leave=False, disable=None) as progress:
+            return [model_row(name, args.img_size, args.token_mixer) for name in progress]
+    finally:
+        gc.unfreeze()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
