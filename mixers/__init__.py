@@ -6,7 +6,24 @@ Letters of shapes, here and in `mixzoo.models`: B batch, H W sides of an image g
 G groups or heads, D head width, L time steps, P patches, M hidden width.
 """
 
-from . import _channel_mlp, attention, identity, pooling, random, separable_conv, spatial_fc  # noqa: F401 - registers them
+from . import (  # noqa: F401 - registers them
+    _channel_mlp,
+    _conv_mlp,
+    aff,
+    attention,
+    fourier,
+    global_filter,
+    identity,
+    mlp,
+    nin_gating,
+    pooling,
+    raft,
+    random,
+    scattering,
+    separable_conv,
+    spatial_fc,
+)
+from ._dtcwt import dtcwt_forward, dtcwt_inverse
 from ._layers import nchw
 from ._registry import (
     CHANNEL_MIXERS,
@@ -24,6 +41,8 @@ __all__ = [
     "TOKEN_MIXERS",
     "MixerInfo",
     "create_mixer",
+    "dtcwt_forward",
+    "dtcwt_inverse",
     "list_mixers",
     "nchw",
     "parse_spec",

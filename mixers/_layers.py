@@ -117,8 +117,8 @@ class GroupNorm(nn.Module):
         if x.is_cpu or x.is_meta:
             # a channels-last map is this NCHW view without a copy, and the CPU kernel keeps its layout
             view = x.flatten(1, -2).unsqueeze(2).permute(0, 3, 1, 2)  # (B, C, N, 1)
-            y = F.group_norm(view, 1, self.weight, self.bias, self.eps)
-            return y.permute(0, 2, 3, 1).reshape(x.shape)  # (B, *grid, C)
+            y = torch.group_norm(view, 1, self.weight, self.bias, self.eps)
+            return y.permute(0, 2, 3, 1).reshape_as(x)  # (B, *grid, C)
         # elsewhere group_norm would leave channels-first memory behind
         y = F.layer_norm(x, x.shape[1:], None, None, self.eps) * self.weight
         return y if self.bias is None else y + self.bias

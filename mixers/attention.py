@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +31,7 @@ class Attention(nn.Module):
         head_dim: head width D; there are max(1, C // D) heads, so the inner width may differ from C.
         qkv_bias, proj_bias: biases of the two linear layers.
         attn_drop, proj_drop: dropout of the attention weights and of the output.
+        separate_q: one linear layer for q and one for k and v, as some authors have it, rather than one for all.
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``, any grid.
     """
@@ -45,6 +47,7 @@ class Attention(nn.Module):
         proj_bias: bool = False,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        separate_q: bool = False,
         device=None,
         dtype=None,
     ):
@@ -56,14 +59,20 @@ class Attention(nn.Module):
         self.num_heads = max(1, dim // head_dim)
         inner = self.num_heads * head_dim
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, **dd)
+        self.qkv = None if separate_q else nn.Linear(dim, 3 * inner, bias=qkv_bias, **dd)
+        self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd) if separate_q else None
+        self.kv = nn.Linear(dim, 2 * inner, bias=qkv_bias, **dd) if separate_q else None
         self.proj = nn.Linear(inner, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(1, -2)  # (B, N, C)
         B, N, _ = tokens.shape
-        qkv = self.qkv(tokens).reshape(B, N, 3, self.num_heads, self.head_dim)
+        if self.qkv is None:  # noqa: SIM108 - TorchScript compiles both sides of a ternary
+            qkv = torch.cat([self.q(tokens), self.kv(tokens)], -1)
+        else:
+            qkv = self.qkv(tokens)
+        qkv = qkv.reshape(B, N, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, G, N, D)
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, N, self.num_heads * self.head_dim)

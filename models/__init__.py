@@ -1,9 +1,28 @@
 """Backbones: the residual branch and block, the skeletons, one file per family, complexity, the timm bridge."""
 
-from . import metaformer_baselines, poolformer  # noqa: F401 - registers them
+from . import (  # noqa: F401 - registers them
+    affnet,
+    gfnet,
+    metaformer_baselines,
+    mlp_mixer,
+    ninformer,
+    poolformer,
+    raftmlp,
+    svt,
+)
 from ._registry import create_model, list_models
 from .block import MetaFormerBlock, ResidualBranch
 from .complexity import Complexity, complexity
+from .isotropic import IsotropicMetaFormer
 from .metaformer import MetaFormer
 
-__all__ = ["Complexity", "MetaFormer", "MetaFormerBlock", "ResidualBranch", "complexity", "create_model", "list_models"]
+__all__ = [
+    "Complexity",
+    "IsotropicMetaFormer",
+    "MetaFormer",
+    "MetaFormerBlock",
+    "ResidualBranch",
+    "complexity",
+    "create_model",
+    "list_models",
+]

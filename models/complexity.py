@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -148,7 +149,9 @@ def complexity(
     tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs.values() if names else inputs)
     if first is not None:
         tensors = tuple(tensor.to(first.device) for tensor in tensors)
-    counted, unsupported = _count(model, names, tensors)
+    # the tracer writes the whole Python stack beside every operator, and that of a new thread is short
+    with ThreadPoolExecutor(1) as thread:
+        counted, unsupported = thread.submit(_count, model, names, tensors).result()
     return _summary(model, counted, unsupported, tensors)
 
 

@@ -10,7 +10,7 @@ With the default stem and downsampling the maps have strides 4, 8, 16, 32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,9 @@ class MetaFormer(ImageBackbone):
         stem_kernel, stem_stride, stem_padding: first convolution; small images want (3, 1, 1) or (3, 2, 1).
         stem_norm, down_norm: "none", "pre" or "post": a channel norm before or after the convolution.
         down_norm_kind, down_norm_eps: that norm.
+        down_kernel, down_padding: of the convolutions between stages, whose stride is 2.
+        block: makes a block that keeps the shape of a channels-last map and has ``set_grid_size``, from the arguments
+            of `MetaFormerBlock`.
         head: "linear" or "mlp".
         head_norm, head_norm_eps, head_norm_first: norm of the head, before the pooling or after it.
         init_convs: draw convolutions from the truncated normal too, rather than leave torch's default.
@@ -146,6 +149,9 @@ class MetaFormer(ImageBackbone):
         down_norm: str = "none",
         down_norm_kind: str = "layer_nobias",
         down_norm_eps: float = 1e-6,
+        down_kernel: int = 3,
+        down_padding: int = 1,
+        block: Callable[..., nn.Module] = MetaFormerBlock,
         head: str = "linear",
         head_norm: str = "layer",
         head_norm_eps: float = 1e-6,
@@ -164,7 +170,7 @@ class MetaFormer(ImageBackbone):
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1], img_size=img_size)
         dd = {"device": device, "dtype": dtype}
 
-        self._strides = ((stem_kernel, stem_stride, stem_padding), *[(3, 2, 1)] * (stages - 1))
+        self._strides = ((stem_kernel, stem_stride, stem_padding), *[(down_kernel, 2, down_padding)] * (stages - 1))
         grids = self.grids(self.img_size)
         if min(grids[-1]) < 1:
             raise ValueError(f"img_size={self.img_size} is too small: sides must be at least {self.smallest_side}")
@@ -185,7 +191,7 @@ class MetaFormer(ImageBackbone):
         for i in range(stages):
             common = {"norm": norm, "norm_eps": norm_eps, "layer_scale": layer_scales[i], "res_scale": res_scales[i]}
             blocks = [
-                MetaFormerBlock(
+                block(
                     dims[i],
                     token_mixer=token_specs[i][j],
                     channel_mixer=channel_specs[i][j],

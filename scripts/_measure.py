@@ -90,9 +90,10 @@ def published_size(name: str) -> tuple[int, int]:
 
         input_size = timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX)).input_size
     else:
-        from mixzoo.models._registry import RELEASES, Release, resolve_name
+        from mixzoo.models._registry import RELEASES, resolve_name
 
-        input_size = RELEASES.get(resolve_name(name)[1], Release()).input_size
+        spec, release = resolve_name(name)
+        input_size = RELEASES[release].input_size if release else spec.input_size
     return tuple(input_size[-2:])
 
 

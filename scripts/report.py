@@ -21,6 +21,7 @@ import fnmatch
 import functools
 import gc
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
@@ -153,14 +154,28 @@ def _published(release: Release) -> Row:
     }
 
 
+def _digits(published: float) -> int:
+    return len(str(published).partition(".")[2]) if isinstance(published, float) else 0
+
+
 def printed(value: float, like: float) -> str:
     """``value`` rounded to the digits that the published number ``like`` has.
 
     >>> printed(1.8123, 1.8), printed(26.77, 27)
     ('1.8', '27')
     """
-    digits = len(str(like).partition(".")[2]) if isinstance(like, float) else 0
-    return f"{value:.{digits}f}"
+    return f"{value:.{_digits(like)}f}"
+
+
+def _difference(ours: float, published: float) -> float:
+    """Ours, rounded to the printed digits, minus the published figure."""
+    return round(float(printed(ours, published)) - published, 9)
+
+
+def _cut(ours: float, published: float) -> str:
+    """What to say if the published figure is ours with its further digits cut off."""
+    power = 10 ** _digits(published)
+    return ", cut off where it was printed" if math.floor(ours * power) == round(published * power) else ""
 
 
 def _compare(row: Row, counted: Complexity, release: Release) -> list[str]:
@@ -170,7 +185,8 @@ def _compare(row: Row, counted: Complexity, release: Release) -> list[str]:
         trainable = counted.trainable_parameters / 1e6
         row["params_difference"] = _difference(trainable, release.params_m)
         if row["params_difference"]:
-            notes.append(f"published parameters not reproduced: {trainable:.3f} M are trainable")
+            cut = _cut(trainable, release.params_m)
+            notes.append(f"published parameters not reproduced: {trainable:.3f} M are trainable{cut}")
     if release.gmacs is not None:
         ours = counted.macs_by(release.macs_rule) / 1e9
         row["macs_difference"] = _difference(ours, release.gmacs)
@@ -182,19 +198,14 @@ def _compare(row: Row, counted: Complexity, release: Release) -> list[str]:
     return notes
 
 
-def _difference(ours: float, published: float) -> float:
-    """Ours, rounded to the printed digits, minus the published figure."""
-    return round(float(printed(ours, published)) - published, 9)
-
-
 def _not_reproduced(counted: Complexity, release: Release) -> str:
     """The figure under the stated rule, and the rules that would give the published one."""
     published, rule = release.gmacs, release.macs_rule
-    note = f"published MACs not reproduced: {counted.macs_by(rule) / 1e9:.3f} G by their rule, {rule}"
-    # a column the model has nothing in makes no other rule
-    columns = [column for column in COUNTED_TOO if counted.macs_by(column)]
-    subsets = ("+".join(["matmul", *c]) for n in range(len(columns) + 1) for c in combinations(columns, n))
-    fitting = [r for r in subsets if r != rule and not _difference(counted.macs_by(r) / 1e9, published)]
+    ours = counted.macs_by(rule) / 1e9
+    note = f"published MACs not reproduced: {ours:.3f} G by their rule, {rule}{_cut(ours, published)}"
+    there = [column for column in COUNTED_TOO if counted.macs_by(column)]
+    subsets = ("+".join(["matmul", *columns]) for n in range(len(there) + 1) for columns in combinations(there, n))
+    fitting = [r for r in subsets if not _difference(counted.macs_by(r) / 1e9, published)]
     return f"{note}; they fit {' or '.join(fitting)}" if fitting else note
 
 
@@ -262,18 +273,24 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes = figure.add_subplot()
     for (family, tag, size), group in lines.items():
         points = sorted((row["macs"] / 1e9, row["published_top1"], row["model"]) for row in group)
-        axes.plot(
+        number = families.index(family)
+        alike = [t for f, t, s in lines if (f, s) == (family, size)]
+        (line,) = axes.plot(
             [gmacs for gmacs, _, _ in points],
             [top1 for _, top1, _ in points],
             label=" ".join(filter(None, (family, tag, size if len(sizes) > 1 else ""))),
-            color=f"C{families.index(family) % 10}",
+            color=f"C{number % 10}",
             marker="os^Dv"[sizes.index(size) % 5],
+            linestyle=("-", "--", ":", "-.")[alike.index(tag) % 4],
             markersize=4,
             linewidth=0.8,
         )
+        # names of neighbouring curves on opposite sides
+        side = {"xytext": (4, -3), "va": "top"} if number % 2 else {"xytext": (-4, 3), "va": "bottom", "ha": "right"}
         for gmacs, top1, name in points:
             text = name.partition(".")[0].partition("_")[2]
-            axes.annotate(text, (gmacs, top1), xytext=(4, -3), textcoords="offset points", fontsize=7, va="top")
+            style = {"textcoords": "offset points", "fontsize": 7, "color": line.get_color()}
+            axes.annotate(text, (gmacs, top1), **side, **style)
     axes.set(xscale="log", xlabel="GMACs (matrix products and convolutions)", ylabel="published ImageNet-1k top-1, %")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")

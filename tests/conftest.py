@@ -21,14 +21,14 @@ import mixzoo
 from mixzoo.models._registry import MODELS
 
 # what a small model overrides of its row
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 4, "dim": 32}
+SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 4, "dim": 32, "proj_drop_rate": 0.0}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
     first: dict[tuple, str] = {}
     for name in names:
         spec = MODELS[name]
-        row = [(k, "number" if isinstance(v, float) else repr(v)) for k, v in spec.row.items() if k not in SMALL]
+        row = [(k, "number" if type(v) in (int, float) else repr(v)) for k, v in spec.row.items() if k not in SMALL]
         first.setdefault((spec.skeleton, *sorted(row)), name)
     return list(first.values())
 
@@ -51,24 +51,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shrink(name: str) -> dict:
     row = MODELS[name].row
-    return {k: value if isinstance(value, int) else value[: len(row[k])] for k, value in SMALL.items() if k in row}
+    return {k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row}
 
 
 @pytest.fixture(scope="session")
 def shrink() -> Callable[[str], dict]:
     """``shrink(name)``: keywords that make a model small and leave the parts and options of its row alone."""
     return _shrink
-
-
-@pytest.fixture(scope="session")
-def fitting() -> Callable[[str, Sequence[int]], tuple[int, ...]]:
-    """``fitting(name, size)``: the nearest larger size whose sides the model takes; its own for models of any size."""
-
-    def run(name: str, size: Sequence[int]) -> tuple[int, ...]:
-        step = MODELS[name].row.get("patch_size", 1)
-        return tuple(-(-side // step) * step for side in size)
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -97,11 +86,18 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
     return run
 
 
+def _image_defaults(name: str) -> dict:
+    """Colour images, small, not square, and of whole patches."""
+    patch = MODELS[name].row.get("patch_size", 16)
+    width = -(-48 // patch) * patch
+    return {"in_chans": 3, "img_size": (width + patch, width)} if MODELS[name].modality == "image" else {}
+
+
 @pytest.fixture(scope="session")
 def small(randomise: Callable) -> Callable[..., nn.Module]:
-    """``small(name, **options)``: the model with one narrow block a stage, random values, in eval mode."""
+    """``small(name, **options)``: the model narrow and shallow, for small images, random values, in eval mode."""
 
     def build(name: str, **options) -> nn.Module:
-        return randomise(mixzoo.create_model(name, **_shrink(name) | options)).eval()
+        return randomise(mixzoo.create_model(name, **_shrink(name) | _image_defaults(name) | options)).eval()
 
     return build

@@ -177,6 +177,19 @@ def test_plot(capsys, tmp_path):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("poolformer_s12", (224, 224)),
+        ("metaformer_s12", (224, 224)),
+        ("caformer_s18.sail_in1k_384", (384, 384)),
+        ("timm:resnet18.a1_in1k", (224, 224)),
+    ],
+)
+def test_published_size(name, size):
+    assert _measure.published_size(name) == size
+
+
 def test_select_models():
     assert bench.select_models(["caformer_s18", "timm:resnet18", "poolformer_s1*"]) == [
         "caformer_s18",

@@ -125,17 +125,19 @@ def test_mixers_agree_with_the_counter_of_torch(name, rank):
     mixer, x = mixzoo.create_mixer(name, C, rank=rank, grid_size=grid), torch.randn(2, *grid, C)
     counted = complexity(mixer, inputs=x)
     assert not counted.uncounted
-    if counted.transform_macs:
-        pytest.skip("transforms may be matrix products inside, and are not counted as such")
-    assert counted.macs == counted_by_torch(mixer, x)
+    # transforms may be matrix products inside, which torch's counter sees
+    if not counted.transform_macs:
+        assert counted.macs == counted_by_torch(mixer, x)
 
 
-def test_backbones_agree_with_the_counter_of_torch(model_kind, shrink):
+def test_backbones_agree_with_the_counter_of_torch_and_on_meta(model_kind, shrink):
     model = tiny(model_kind, shrink)
     counted = complexity(model)
-    if counted.transform_macs:
-        pytest.skip("transforms may be matrix products inside, and are not counted as such")
-    assert counted.macs == counted_by_torch(model, torch.randn(counted.input_shapes[0]))
+    assert complexity(tiny(model_kind, shrink, "meta")) == counted
+    assert not counted.uncounted
+    # transforms may be matrix products inside, which torch's counter sees
+    if not counted.transform_macs:
+        assert counted.macs == counted_by_torch(model, torch.randn(counted.input_shapes[0]))
 
 
 @pytest.mark.parametrize(
@@ -321,12 +323,6 @@ def test_nothing_is_ignored_that_is_not_on_our_list():
 
 
 # devices, wrappers, inputs
-
-
-def test_meta_counts_as_cpu(model_kind, shrink):
-    counted = complexity(tiny(model_kind, shrink))
-    assert complexity(tiny(model_kind, shrink, "meta")) == counted
-    assert not counted.uncounted
 
 
 def test_wrapped_and_compiled_models_count_as_they_are(shrink):

@@ -48,6 +48,11 @@ def maps(grid: tuple[int, ...], batch: int = 3, **options) -> Tensor:
     return torch.randn(batch, *grid, DIM, generator=torch.Generator().manual_seed(1), **options)
 
 
+def assert_near(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of values of that size; some mixers do not keep the size of what they mix."""
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * max(1.0, expected.abs().max().item()))
+
+
 @each_grid
 def test_keeps_shape_and_is_deterministic_in_eval(name, grid):
     mixer, x = build(name, grid), maps(grid)
@@ -78,7 +83,7 @@ def test_gradient_reaches_input_and_every_trainable_parameter(name, grid):
 def test_samples_do_not_see_each_other(name, grid):
     mixer, x = build(name, grid), maps(grid)
     with torch.no_grad():
-        torch.testing.assert_close(torch.cat([mixer(part) for part in x.split([1, 2])]), mixer(x))
+        assert_near(torch.cat([mixer(part) for part in x.split([1, 2])]), mixer(x))
 
 
 @each_rank
@@ -87,7 +92,7 @@ def test_memory_layout_of_the_input_does_not_matter(name, rank):
     mixer, x = build(name, grid), maps(grid)
     channels_first = x.movedim(-1, 1).contiguous().movedim(1, -1)
     with torch.no_grad():
-        torch.testing.assert_close(mixer(channels_first), mixer(x))
+        assert_near(mixer(channels_first), mixer(x))
 
 
 @each_rank
@@ -128,8 +133,8 @@ def test_compiles_without_graph_breaks(name, rank):
         outputs.append(run(leaf))
         outputs[-1].square().sum().backward()
         gradients.append(leaf.grad)
-    torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*gradients)
+    assert_near(*outputs)
+    assert_near(*gradients)
 
 
 @pytest.mark.slow
@@ -148,7 +153,7 @@ def test_exports_with_a_free_batch(name, rank):
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(mixer, (x,), dynamic_shapes=({0: batch},))
     with torch.no_grad():
-        torch.testing.assert_close(program.module()(x[:2]), mixer(x[:2]))
+        assert_near(program.module()(x[:2]), mixer(x[:2]))
 
 
 @each_rank
@@ -166,7 +171,7 @@ def test_nchw_wraps_without_changing_anything(name, rank):
     grid = GRIDS[rank][0]
     mixer, x = build(name, grid), maps(grid)
     with torch.no_grad():
-        torch.testing.assert_close(mixzoo.nchw(mixer)(x.movedim(-1, 1)), mixer(x).movedim(-1, 1))
+        assert_near(mixzoo.nchw(mixer)(x.movedim(-1, 1)), mixer(x).movedim(-1, 1))
 
 
 @each_rank

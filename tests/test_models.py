@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,15 +13,20 @@ import mixzoo
 from mixzoo.mixers.pooling import Pooling
 from mixzoo.models import _slicing
 from mixzoo.models._registry import MODELS
+from mixzoo.models.affnet import AFFNet
 
-SIZE = (64, 96)
 ODD_SIZES = ((65, 33), (47, 96))
 # parameter of a block whose token mixer is of this class -> why its gradient is zero
 WITHOUT_GRADIENT = {("token.norm.bias", Pooling): "pooling minus its input annihilates constants"}
+# pattern of parameters of a model of this class -> why their gradient is zero
+WITHOUT_GRADIENT_IN = {
+    (r"stages\.[01]\.convs\.\d\.bn3\.bias", AFFNet): "a 1 x 1 convolution and batch norm annihilate constants",
+    (r".*\.mix\.(blocks\.\d+|proj\.bn)\.bias", AFFNet): "a 1 x 1 convolution and batch norm annihilate constants",
+}
 
 
-def inputs(size: tuple[int, int] = SIZE, batch: int = 3, channels: int = 3) -> Tensor:
-    return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(1))
+def images(size: Sequence[int], batch: int = 3) -> Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 def tensors(output: Tensor | list[Tensor]) -> list[Tensor]:
@@ -43,6 +49,8 @@ def values_and_gradients(model: nn.Module, run, x: Tensor) -> tuple[list[Tensor]
 
 
 def has_no_gradient(model: nn.Module, name: str) -> bool:
+    if any(isinstance(model, kind) and re.fullmatch(pattern, name) for pattern, kind in WITHOUT_GRADIENT_IN):
+        return True
     for suffix, mixer in WITHOUT_GRADIENT:
         if name.endswith(suffix):
             return isinstance(model.get_submodule(name.removesuffix("norm.bias") + "op"), mixer)
@@ -50,7 +58,8 @@ def has_no_gradient(model: nn.Module, name: str) -> bool:
 
 
 def test_every_model_runs(model_name, small):
-    model, x = small(model_name, img_size=SIZE), inputs()
+    model = small(model_name)
+    x = images(model.img_size)
     with torch.no_grad():
         for y in tensors(model(x)):
             assert y.shape[0] == 3
@@ -58,33 +67,47 @@ def test_every_model_runs(model_name, small):
     assert model.config["model"].partition(".")[0] == model_name
 
 
+def valid_size(take: Callable[[tuple[int, int]], object], size: tuple[int, int]) -> tuple[int, int]:
+    """The size, or where it is refused the first one that the message names."""
+    try:
+        take(size)
+    except ValueError as refusal:
+        named = re.search(r"nearest valid sizes? \w+ \((\d+), (\d+)\)", str(refusal))
+        if named is None:
+            raise
+        return int(named[1]), int(named[2])
+    return size
+
+
 @pytest.mark.parametrize("size", ODD_SIZES)
-def test_odd_sizes(model_kind, small, fitting, size):
-    size = fitting(model_kind, size)
+def test_odd_sizes_work_or_the_nearest_valid_ones_are_named(model_kind, small, size):
+    size = valid_size(lambda side: small(model_kind, img_size=side), size)
     model = small(model_kind, img_size=size)
     with torch.no_grad():
-        assert all(y.isfinite().all() for y in tensors(model(inputs(size))))
+        assert all(y.isfinite().all() for y in tensors(model(images(size))))
         if not MODELS[model_kind].fixed_input_size:
-            assert all(y.isfinite().all() for y in tensors(model(inputs((size[1], size[0])))))
+            assert all(y.isfinite().all() for y in tensors(model(images((size[1], size[0])))))
 
 
-def test_size_changes_with_set_input_size(model_kind, small, fitting):
-    model = small(model_kind, img_size=SIZE)
-    for size in (fitting(model_kind, size) for size in ODD_SIZES):
+def test_size_changes_with_set_input_size(model_kind, small):
+    model = small(model_kind)
+    for size in ODD_SIZES:
+        size = valid_size(model.set_input_size, size)
         model.set_input_size(size)
         assert tuple(model.img_size) == size
         with torch.no_grad():
-            assert all(y.isfinite().all() for y in tensors(model(inputs(size))))
+            assert all(y.isfinite().all() for y in tensors(model(images(size))))
 
 
 def test_fixed_sizes_are_named_when_another_comes(model_kind, small):
-    model = small(model_kind, img_size=SIZE)
-    other = (2 * SIZE[0], SIZE[1])
+    model = small(model_kind)
+    other = (2 * model.img_size[0], model.img_size[1])
     if not MODELS[model_kind].fixed_input_size:
-        model(inputs(other))
+        model(images(other))
         return
-    with pytest.raises(ValueError, match=rf"{re.escape(str(other))}.*{re.escape(str(SIZE))}.*set_input_size"):
-        model(inputs(other))
+    message = f"{re.escape(str(other))}.*{re.escape(str(tuple(model.img_size)))}.*set_input_size"
+    with pytest.raises(ValueError, match=message):
+        model(images(other))
 
 
 def test_smallest_size_is_named_and_works(model_kind, small):
@@ -93,15 +116,17 @@ def test_smallest_size_is_named_and_works(model_kind, small):
     smallest = int(re.search(r"at least (\d+)", str(refusal.value))[1])
     model = small(model_kind, img_size=smallest)
     with torch.no_grad():
-        assert all(y.isfinite().all() for y in tensors(model(inputs((smallest, smallest)))))
+        assert all(y.isfinite().all() for y in tensors(model(images((smallest, smallest)))))
     with pytest.raises(ValueError, match=f"at least {smallest}"):
-        model(inputs((smallest, smallest - 1)))
+        model(images((smallest, smallest - 1)))
 
 
-@pytest.mark.parametrize("shape", [(2, 5, *SIZE), (3, *SIZE), (2, *SIZE, 3)])
-def test_other_tensors_than_images_are_refused(model_kind, small, shape):
-    with pytest.raises(ValueError, match=re.escape(str(shape))):
-        small(model_kind, img_size=SIZE)(torch.zeros(shape))
+def test_other_tensors_than_images_are_refused(model_kind, small):
+    model = small(model_kind)
+    size = tuple(model.img_size)
+    for shape in ((2, 5, *size), (3, *size), (2, *size, 3)):
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            model(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("size", [0, -32, (32,), (32, 32, 32), 31.5])
@@ -112,12 +137,13 @@ def test_impossible_sizes_are_refused(model_kind, small, size):
 
 def test_empty_batches_pass(model_kind, small):
     with torch.no_grad():
-        assert all(y.shape[0] == 0 for y in tensors(small(model_kind, img_size=SIZE)(inputs(batch=0))))
+        model = small(model_kind)
+        assert all(y.shape[0] == 0 for y in tensors(model(images(model.img_size, batch=0))))
 
 
 def test_gradient_reaches_every_trainable_parameter(model_kind, small):
-    model = small(model_kind, img_size=SIZE).train()
-    _, gradients = values_and_gradients(model, model, inputs())
+    model = small(model_kind).train()
+    _, gradients = values_and_gradients(model, model, images(model.img_size))
     scale = max(gradient.abs().max() for gradient in gradients.values())
     for name, gradient in gradients.items():
         assert gradient.isfinite().all(), name
@@ -126,7 +152,8 @@ def test_gradient_reaches_every_trainable_parameter(model_kind, small):
 
 
 def test_eval_is_deterministic_and_leaves_the_input_alone(model_kind, small):
-    model, x = small(model_kind, img_size=SIZE, drop_path_rate=0.5), inputs()
+    model = small(model_kind, drop_path_rate=0.5)
+    x = images(model.img_size)
     before = x.clone()
     with torch.no_grad():
         first, second = tensors(model(x)), tensors(model(x))
@@ -135,7 +162,8 @@ def test_eval_is_deterministic_and_leaves_the_input_alone(model_kind, small):
 
 
 def test_samples_do_not_see_each_other(model_kind, small):
-    model, x = small(model_kind, img_size=SIZE), inputs()
+    model = small(model_kind)
+    x = images(model.img_size)
     with torch.no_grad():
         together = tensors(model(x))
         alone = [torch.cat(parts) for parts in zip(*(tensors(model(part)) for part in x.split([1, 2])), strict=True)]
@@ -143,7 +171,8 @@ def test_samples_do_not_see_each_other(model_kind, small):
 
 
 def test_slices_of_the_batch_change_nothing(model_kind, small, monkeypatch):
-    model, x = small(model_kind, img_size=SIZE).train(), inputs()
+    model = small(model_kind).train()
+    x = images(model.img_size)
     results = []
     for slice_bytes in (1, 2**40):
         monkeypatch.setattr(_slicing, "SLICE_BYTES", slice_bytes)
@@ -153,16 +182,18 @@ def test_slices_of_the_batch_change_nothing(model_kind, small, monkeypatch):
 
 def test_hooks_see_whole_batches(model_kind, small, monkeypatch):
     monkeypatch.setattr(_slicing, "SLICE_BYTES", 1)
-    model, x = small(model_kind, img_size=SIZE), inputs()
+    model = small(model_kind)
+    x = images(model.img_size)
     expected, seen = model(x), []
-    block = next(module for module in model.modules() if isinstance(module, mixzoo.MetaFormerBlock))
+    block = next(module for name, module in model.named_modules() if name.endswith("blocks.0"))
     block.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
     torch.testing.assert_close(model(x), expected)
     assert seen == [3]
 
 
 def test_compiles_without_graph_breaks(model_kind, small):
-    model, x = small(model_kind, img_size=SIZE), inputs()
+    model = small(model_kind)
+    x = images(model.img_size)
     # recompilations are limited, and all models share their code
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -171,7 +202,8 @@ def test_compiles_without_graph_breaks(model_kind, small):
 
 
 def test_exports_with_a_free_batch(model_kind, small):
-    model, x = small(model_kind, img_size=SIZE), inputs()
+    model = small(model_kind)
+    x = images(model.img_size)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
     with torch.no_grad():
@@ -179,7 +211,8 @@ def test_exports_with_a_free_batch(model_kind, small):
 
 
 def test_saved_models_come_back(model_kind, small, tmp_path):
-    model, x = small(model_kind, img_size=SIZE), inputs()
+    model = small(model_kind)
+    x = images(model.img_size)
     model.class_names = [f"class {i}" for i in range(model.num_classes)]
     mixzoo.save(model, tmp_path / "model.safetensors")
     back = mixzoo.load(tmp_path / "model.safetensors").eval()
@@ -190,19 +223,19 @@ def test_saved_models_come_back(model_kind, small, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(tensors(back(x)), tensors(model(x)), strict=True))
 
 
-def test_every_operator_is_counted(model_name, shrink):
+def test_every_operator_is_counted(model_name, small):
     with torch.device("meta"):
-        model = mixzoo.create_model(model_name, img_size=SIZE, **shrink(model_name))
-    assert not mixzoo.complexity(model, (3, *SIZE)).uncounted
+        model = small(model_name)
+    assert not mixzoo.complexity(model).uncounted
 
 
 @pytest.mark.parametrize("mixer", mixzoo.list_mixers())
 def test_every_mixer_plugs_into_the_open_backbone(mixer, small, tmp_path):
     if 2 not in mixzoo.list_mixers()[mixer].ranks:
         pytest.skip(f"{mixer} does not mix images")
-    x = inputs()
     for spec in (mixer, (mixer, {}), ["identity", mixer, (mixer, {}), [mixer]]):
-        model = small("metaformer_s12", img_size=SIZE, num_classes=5, token_mixer=spec)
+        model = small("metaformer_s12", num_classes=5, token_mixer=spec)
+        x = images(model.img_size)
         assert model(x).shape == (3, 5)
         mixzoo.save(model, tmp_path / "model.safetensors")
         with torch.no_grad():

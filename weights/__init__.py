@@ -3,7 +3,7 @@
 One file per family registers its releases and its layouts; `_rules` is the engine that reads them in both directions.
 """
 
-from . import metaformer_baselines, poolformer
+from . import affnet, gfnet, metaformer_baselines, mlp_mixer, ninformer, poolformer, raftmlp, svt
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
 from ._load import LoadReport, load_checkpoint, load_pretrained
@@ -16,14 +16,20 @@ __all__ = [
     "Layout",
     "LoadReport",
     "Rule",
+    "affnet",
     "convert",
     "export",
     "fetch",
     "find_release",
+    "gfnet",
     "load",
     "load_checkpoint",
     "load_pretrained",
     "metaformer_baselines",
+    "mlp_mixer",
+    "ninformer",
     "poolformer",
+    "raftmlp",
     "save",
+    "svt",
 ]

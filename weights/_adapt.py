@@ -100,7 +100,7 @@ def fit_grid(model: nn.Module, plan: Plan, grids: Mapping[str, Sequence[int]]) -
         if set(source) != set(target):
             continue
         new = tuple(new)
-        old = tuple(grids[name]) if name in grids else _square_grid(_shapes(source), target, new)
+        old = tuple(grids[name]) if name in grids else _grid_of(module, source, target, new)
         if old is None:
             plan.notes.append(
                 f"the grid of {name} in the source is neither recorded nor square; create the model with the img_size "
@@ -126,6 +126,16 @@ def _fit_position(name: str, module: nn.Module, plan: Plan) -> None:
 
 def _times(sides: Sequence[int]) -> str:
     return "x".join(map(str, sides))
+
+
+def _grid_of(
+    module: nn.Module, source: Mapping[str, Tensor], target: Mapping[str, tuple], new: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """The source's grid as the mixer reads it off its tensors, or as `_square_grid` does."""
+    shapes = _shapes(source)
+    if shapes != dict(target) and hasattr(module, "grid_of_state"):
+        return tuple(module.grid_of_state(source))
+    return _square_grid(shapes, target, new)
 
 
 def _square_grid(
@@ -157,10 +167,12 @@ def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     return next((name, module) for name, module in model.named_modules() if module is classifier)
 
 
-def _last_linear(prefix: str, classifier: nn.Module) -> str:
-    """Name of the layer with one row a class."""
-    inner = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)][-1]
-    return f"{prefix}.{inner}" if inner else prefix
+def _class_layers(prefix: str, classifier: nn.Module) -> list[str]:
+    """Names of the layers with one row a class: those the classifier lists as ``class_layers``, else its last one."""
+    layers = getattr(classifier, "class_layers", None)
+    if layers is None:
+        layers = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)][-1:]
+    return [f"{prefix}.{layer}" if layer else prefix for layer in layers]
 
 
 def shape_options(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -168,7 +180,7 @@ def shape_options(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     options = {}
     place, conv = classifier_of(model), first_conv(model)
     if place is not None and place[1].state_dict():
-        rows = tensors.get(_last_linear(*place) + ".weight")
+        rows = tensors.get(_class_layers(*place)[0] + ".weight")
         options["num_classes"] = 0 if rows is None else rows.shape[0]
     if conv is not None and f"{conv[0]}.weight" in tensors:
         options["in_chans"] = tensors[f"{conv[0]}.weight"].shape[1]
@@ -210,7 +222,7 @@ def fit_head(model: nn.Module, plan: Plan, headless: bool) -> None:
     if not source and headless:
         plan.fresh.update(dict.fromkeys(target, "the source has no classifier"))
         return
-    final = [f"{_last_linear(prefix, classifier)}.{kind}" for kind in ("weight", "bias")]
+    final = [f"{layer}.{kind}" for layer in _class_layers(prefix, classifier) for kind in ("weight", "bias")]
     # whatever does not fit besides the number of classes is left for `account` to report
     if set(source) != set(target) or any(
         t.shape[key in final :] != target[key].shape[key in final :] for key, t in source.items()
