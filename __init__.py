@@ -1,6 +1,6 @@
 """mixzoo: a zoo of token mixers. See README.md for a tour."""
 
-from .mixers import create_mixer, list_mixers, nchw, register_mixer
+from .mixers import create_mixer, list_mixers, nchw, neighborhood_apply, register_mixer
 from .models import MetaFormer, MetaFormerBlock, ResidualBranch, complexity, create_model, list_models
 from .models.timm_bridge import register_all
 from .weights import load, load_checkpoint, save
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "nchw",
+    "neighborhood_apply",
     "register_mixer",
     "save",
 ]

@@ -11,9 +11,12 @@ from . import (  # noqa: F401 - registers them
     _conv_mlp,
     aff,
     attention,
+    contmix,
     fourier,
     global_filter,
     identity,
+    inception,
+    large_kernel_conv,
     mlp,
     nin_gating,
     pooling,
@@ -25,6 +28,7 @@ from . import (  # noqa: F401 - registers them
 )
 from ._dtcwt import dtcwt_forward, dtcwt_inverse
 from ._layers import nchw
+from ._neighborhood import neighborhood_apply
 from ._registry import (
     CHANNEL_MIXERS,
     TOKEN_MIXERS,
@@ -45,6 +49,7 @@ __all__ = [
     "dtcwt_inverse",
     "list_mixers",
     "nchw",
+    "neighborhood_apply",
     "parse_spec",
     "register_channel_mixer",
     "register_mixer",
