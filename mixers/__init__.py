@@ -16,6 +16,7 @@ from . import (  # noqa: F401 - registers them
     identity,
     mlp,
     nin_gating,
+    ponet,
     pooling,
     raft,
     random,

@@ -2,12 +2,16 @@
 
 from . import (  # noqa: F401 - registers them
     affnet,
+    fnet,
     gfnet,
+    lra,
     metaformer_baselines,
     mlp_mixer,
     ninformer,
+    ponet,
     poolformer,
     raftmlp,
+    seqformer,
     svt,
 )
 from ._registry import create_model, list_models
@@ -15,6 +19,7 @@ from .block import MetaFormerBlock, ResidualBranch
 from .complexity import Complexity, complexity
 from .isotropic import IsotropicMetaFormer
 from .metaformer import MetaFormer
+from .text_encoder import TextEncoder
 
 __all__ = [
     "Complexity",
@@ -22,6 +27,7 @@ __all__ = [
     "MetaFormer",
     "MetaFormerBlock",
     "ResidualBranch",
+    "TextEncoder",
     "complexity",
     "create_model",
     "list_models",
