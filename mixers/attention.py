@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._layers import Linear
 from ._registry import register_mixer
 
 
@@ -59,10 +60,10 @@ class Attention(nn.Module):
         self.num_heads = max(1, dim // head_dim)
         inner = self.num_heads * head_dim
         self.attn_drop = attn_drop
-        self.qkv = None if separate_q else nn.Linear(dim, 3 * inner, bias=qkv_bias, **dd)
-        self.q = nn.Linear(dim, inner, bias=qkv_bias, **dd) if separate_q else None
-        self.kv = nn.Linear(dim, 2 * inner, bias=qkv_bias, **dd) if separate_q else None
-        self.proj = nn.Linear(inner, dim, bias=proj_bias, **dd)
+        self.qkv = None if separate_q else Linear(dim, 3 * inner, bias=qkv_bias, **dd)
+        self.q = Linear(dim, inner, bias=qkv_bias, **dd) if separate_q else None
+        self.kv = Linear(dim, 2 * inner, bias=qkv_bias, **dd) if separate_q else None
+        self.proj = Linear(inner, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ._channel_mlp import ChannelMlp
-from ._layers import check_grid
+from ._layers import Linear, check_grid
 from ._registry import register_mixer
 from .mlp import TokenMlp
 
@@ -58,7 +58,7 @@ class NinGating(nn.Module):
         self.token = TokenMlp(dim, rank=rank, grid_size=grid_size, hidden=hidden, drop=drop, **dd)
         self.channel_norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
         self.channel = ChannelMlp(dim, rank=rank, ratio=hidden / dim, drop=drop, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     @staticmethod
     def resize_grid_state(state: dict[str, Tensor], old: Sequence[int], new: Sequence[int]) -> dict[str, Tensor]:
