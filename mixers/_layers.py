@@ -66,9 +66,15 @@ class _StarReLUFunction(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         active = torch.relu(x)
         slope = grad * active
-        grad_scale = (slope * active).sum().reshape(1) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum().reshape(1) if ctx.needs_input_grad[2] else None
-        return slope * (2 * scale), grad_scale, grad_bias
+        # a dot product writes no map of products, and in place none of slopes; a second derivative needs both
+        once = not torch.is_grad_enabled()
+        grad_scale = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            flat = slope.reshape(-1), active.reshape(-1)
+            grad_scale = (torch.dot(*flat) if once else (flat[0] * flat[1]).sum()).reshape(1)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum().reshape(1)
+        return slope.mul_(2 * scale) if once else slope * (2 * scale), grad_scale, grad_bias
 
 
 @register_notrace_module

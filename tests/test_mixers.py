@@ -11,12 +11,10 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixzoo
 from mixzoo.mixers import TOKEN_MIXERS, MixerInfo
-from mixzoo.mixers._layers import Linear
 
 DIM = 32
 GRIDS = {1: ((9,), (2,)), 2: ((5, 7), (1, 6)), 3: ((3, 5, 4), (2, 2, 3))}
@@ -275,21 +273,3 @@ def test_unknown_mixer_is_named_with_its_neighbours():
     with pytest.raises(ValueError, match=r"'poolin'.*'pooling'"):
         mixzoo.create_mixer("poolin", DIM)
     assert set(MIXERS) == set(TOKEN_MIXERS.infos())
-
-
-@pytest.mark.parametrize("shape", [(5, 8), (2, 7, 8), (2, 3, 5, 8), (1, 2, 3, 4, 8), (0, 3, 8)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_is_the_linear_map_of_torch(shape, bias):
-    layer = Linear(8, 6, bias=bias)
-    x = torch.randn(shape, requires_grad=True)
-    inputs = (x, *layer.parameters())
-    y, expected = layer(x), F.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(y, expected)
-    assert y.is_contiguous()
-    weights = torch.randn(y.shape)
-    for actual, wanted in zip(
-        torch.autograd.grad((y * weights).sum(), inputs),
-        torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(actual, wanted)
