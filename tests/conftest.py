@@ -21,7 +21,14 @@ import mixzoo
 from mixzoo.models._registry import MODELS
 
 # what a small model overrides of its row
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 4, "dim": 32, "proj_drop_rate": 0.0}
+SMALL = {
+    "depths": (1, 1, 1, 1),
+    "dims": (16, 24, 32, 40),
+    "depth": 4,
+    "dim": 32,
+    "weight_size": 64,
+    "proj_drop_rate": 0.0,
+}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -51,7 +58,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shrink(name: str) -> dict:
     row = MODELS[name].row
-    return {k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row}
+    return {
+        k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row
+    }
 
 
 @pytest.fixture(scope="session")
