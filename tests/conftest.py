@@ -71,7 +71,7 @@ def shrink() -> Callable[[str], dict]:
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[nn.Module], nn.Module]:
-    """``randomise(model)``: give every parameter a value that depends on its name alone.
+    """``randomise(model)``: give every weight a value that depends on its name alone.
 
     Scales that start at zero or one would hide what is missing. Names are the same inside timm's feature wrappers;
     scales keep their mean; matrices keep the size of what passes through them.
@@ -79,7 +79,12 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
 
     def run(model: nn.Module) -> nn.Module:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            frozen = (
+                (f"{prefix}.{name}", getattr(module, name))
+                for prefix, module in model.named_modules()
+                for name in getattr(module, "frozen_weights", ())
+            )
+            for name, parameter in (*model.named_parameters(), *frozen):
                 if parameter.device.type == "meta":
                     continue
                 name = name.removeprefix("model.").replace("stages_", "stages.")
