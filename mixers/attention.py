@@ -19,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._layers import Linear
 from ._registry import register_mixer
 
 
@@ -64,15 +65,15 @@ class Attention(nn.Module):
         inner = self.num_heads * head_dim
         self.attn_drop = attn_drop
 
-        def linear(parts: int, there: bool) -> nn.Linear | None:
-            return nn.Linear(dim, parts * inner, bias=qkv_bias, **dd) if there else None
+        def linear(parts: int, there: bool) -> Linear | None:
+            return Linear(dim, parts * inner, bias=qkv_bias, **dd) if there else None
 
         self.qkv = linear(3, not (separate_q or separate_qkv))
         self.q = linear(1, separate_q or separate_qkv)
         self.kv = linear(2, separate_q)
         self.k = linear(1, separate_qkv)
         self.v = linear(1, separate_qkv)
-        self.proj = nn.Linear(inner, dim, bias=proj_bias, **dd)
+        self.proj = Linear(inner, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _projected(self, tokens: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import is_symbolic
+from ._layers import Linear, is_symbolic
 from ._registry import register_mixer
 
 
@@ -101,12 +101,12 @@ class PoNet(nn.Module):
         self.num_heads = max(1, dim // head_dim)
         self.num_segments = num_segments
         self.special_pooling = special_pooling
-        self.q = nn.Linear(dim, dim, **dd)
-        self.k = nn.Linear(dim, dim, **dd)
-        self.o = nn.Linear(dim, dim, **dd)
-        self.segment = nn.Linear(dim, dim, **dd)
-        self.local = nn.Linear(dim, dim, **dd)
-        self.proj = nn.Linear(dim, dim, **dd) if proj else nn.Identity()
+        self.q = Linear(dim, dim, **dd)
+        self.k = Linear(dim, dim, **dd)
+        self.o = Linear(dim, dim, **dd)
+        self.segment = Linear(dim, dim, **dd)
+        self.local = Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd) if proj else nn.Identity()
 
     def attention(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Weights a of the global vector, ``(B, N, G)``, for tokens ``(B, N, C)``."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ._layers import make_activation
+from ._layers import Linear, make_activation
 from ._registry import register_mixer
 
 
@@ -52,10 +52,10 @@ class SeparableConv(nn.Module):
         dd = {"device": device, "dtype": dtype}
         hidden = int(expansion * dim)
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
-        self.pwconv1 = nn.Linear(dim, hidden, bias=bias, **dd)
+        self.pwconv1 = Linear(dim, hidden, bias=bias, **dd)
         self.act = make_activation(act, **dd)
         self.dwconv = conv(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=bias, **dd)
-        self.pwconv2 = nn.Linear(hidden, dim, bias=bias, **dd)
+        self.pwconv2 = Linear(hidden, dim, bias=bias, **dd)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.act(self.pwconv1(x))  # (B, *grid, M)

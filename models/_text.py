@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..mixers._layers import make_activation
+from ..mixers._layers import Linear, make_activation
 
 
 class PositionTable(nn.Module):
@@ -83,7 +83,7 @@ class TextEmbedding(nn.Module):
         self.position = PositionTable(max_length, dim, **dd)
         self.token_type = nn.Embedding(type_vocab_size, dim, **dd) if type_vocab_size else None
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, eps=norm_eps, **dd)
-        self.proj = nn.Linear(dim, dim, **dd) if proj else nn.Identity()
+        self.proj = Linear(dim, dim, **dd) if proj else nn.Identity()
         self.drop = nn.Dropout(drop)
 
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
@@ -99,7 +99,7 @@ class Pooler(nn.Module):
 
     def __init__(self, dim: int, *, device=None, dtype=None):
         super().__init__()
-        self.fc = nn.Linear(dim, dim, device=device, dtype=dtype)
+        self.fc = Linear(dim, dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return torch.tanh(self.fc(x[:, 0]))
@@ -137,9 +137,9 @@ class ClassHead(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.drop = nn.Dropout(drop)
-        self.hidden = nn.Linear(dim, hidden, **dd) if hidden and num_classes else None
+        self.hidden = Linear(dim, hidden, **dd) if hidden and num_classes else None
         width = dim if self.hidden is None else hidden
-        self.fc = nn.Linear(width, num_classes, **dd) if num_classes else nn.Identity()
+        self.fc = Linear(width, num_classes, **dd) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop(x)
@@ -159,10 +159,10 @@ class MaskedLMHead(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc = nn.Linear(dim, dim, **dd)
+        self.fc = Linear(dim, dim, **dd)
         self.act = make_activation(act, **dd)
         self.norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
-        self.decoder = None if tied else nn.Linear(dim, vocab_size, bias=False, **dd)
+        self.decoder = None if tied else Linear(dim, vocab_size, bias=False, **dd)
         self.bias = nn.Parameter(torch.zeros(vocab_size, **dd))
 
     def forward(self, x: Tensor, words: Tensor) -> Tensor:

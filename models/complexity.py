@@ -258,7 +258,9 @@ def _si(n: int, unit: str = "") -> str:
 
 def _parameters(module: nn.Module) -> dict[str, int]:
     parameters = list(module.parameters())
+    # weights that are buffers, since they are never to be trained
+    buffers = sum(getattr(m, name).numel() for m in module.modules() for name in getattr(type(m), "frozen_weights", ()))
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters) + buffers,
+        "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad) + buffers,
     }

@@ -309,7 +309,7 @@ class TextEncoder(nn.Module):
                 f"the sequence has {length} tokens, the model takes {most}: create it with max_length={length}, or call "
                 f"set_input_size({length}) first"
             )
-        if types is not None and self.embed.type is None:
+        if types is not None and self.embed.token_type is None:
             raise ValueError("token_type_ids were given, but the model has no token types")
         for name, given, key in (("segment_ids", segments, "segments"), ("special_mask", special, "special")):
             if given is not None and key not in self._extra_inputs:
@@ -370,5 +370,7 @@ def ranks(segments: Tensor) -> Tensor:
 def _unpaired(tensor: Tensor) -> Tensor:
     """``(B, 2, N, ...) -> (2 B, N, ...)``."""
     if not is_symbolic(tensor) and (tensor.ndim < 3 or tensor.shape[1] != 2):
-        raise ValueError(f"the head 'pairs' takes two sequences, (B, 2, N), got a tensor of shape {tuple(tensor.shape)}")
+        raise ValueError(
+            f"the head 'pairs' takes two sequences, (B, 2, N), got a tensor of shape {tuple(tensor.shape)}"
+        )
     return tensor.flatten(0, 1)

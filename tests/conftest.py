@@ -21,7 +21,14 @@ import mixzoo
 from mixzoo.models._registry import MODELS
 
 # what a small model overrides of its row
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 4, "dim": 32, "proj_drop_rate": 0.0}
+SMALL = {
+    "depths": (1, 1, 1, 1),
+    "dims": (16, 24, 32, 40),
+    "depth": 4,
+    "dim": 32,
+    "weight_size": 64,
+    "proj_drop_rate": 0.0,
+}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -51,7 +58,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shrink(name: str) -> dict:
     row = MODELS[name].row
-    return {k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row}
+    return {
+        k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row
+    }
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +71,7 @@ def shrink() -> Callable[[str], dict]:
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[nn.Module], nn.Module]:
-    """``randomise(model)``: give every parameter a value that depends on its name alone.
+    """``randomise(model)``: give every weight a value that depends on its name alone.
 
     Scales that start at zero or one would hide what is missing. Names are the same inside timm's feature wrappers;
     scales keep their mean; matrices keep the size of what passes through them.
@@ -70,7 +79,12 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
 
     def run(model: nn.Module) -> nn.Module:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            frozen = (
+                (f"{prefix}.{name}", getattr(module, name))
+                for prefix, module in model.named_modules()
+                for name in getattr(module, "frozen_weights", ())
+            )
+            for name, parameter in (*model.named_parameters(), *frozen):
                 if parameter.device.type == "meta":
                     continue
                 name = name.removeprefix("model.").replace("stages_", "stages.")

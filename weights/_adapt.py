@@ -113,7 +113,10 @@ def fit_grid(model: nn.Module, plan: Plan, grids: Mapping[str, Sequence[int]]) -
         elif old != new:
             resized = resize(source, old, new)
             plan.tensors.update({f"{name}.{key}" if name else key: tensor for key, tensor in resized.items()})
-            plan.adapted[name or "the mixer"] = f"resized from grid {_times(old)} to {_times(new)}"
+            note = getattr(module, "resize_note", "")
+            plan.adapted[name or "the mixer"] = (
+                f"resized from grid {_times(old)} to {_times(new)}{note and ', ' + note}"
+            )
 
 
 def _fit_position(name: str, module: nn.Module, plan: Plan) -> None:
