@@ -6,8 +6,8 @@ sail-sg/metaformer at 64c534a.
     [q, k, v] = x Wqkv
     y = softmax(q k^T / sqrt(D)) v Wproj        x, y: (B, *grid, C), G heads of width D = head_dim, inner width G D
 
-No position encoding and no norm of q or k. Padding, where a mask tells it, gets no weight. The softmax runs inside `scaled_dot_product_attention`, which keeps its
-statistics in float32.
+No position encoding and no norm of q or k. Padding, where a mask tells it, gets no weight. The softmax runs inside
+`scaled_dot_product_attention`, which keeps its statistics in float32.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """PoNet: global, segment and local pooling of the tokens, fused elementwise.
 
-Paper: arXiv:2110.02442. Checked against lxchtan/PoNet at 8139037 (tag v1.0) and, for its Long Range Arena form, cc9a29a.
+Paper: arXiv:2110.02442. Checked against lxchtan/PoNet at 8139037 (tag v1.0), and at cc9a29a for Long Range Arena.
 
     q, k, o, s, l = x Wq + bq, ..., x Wl + bl                   x: (B, N, C), G heads of width D in q and k
     g = mean of q over the valid tokens                         (B, C)
@@ -13,8 +13,9 @@ Paper: arXiv:2110.02442. Checked against lxchtan/PoNet at 8139037 (tag v1.0) and
 All maxima are taken over valid tokens, and local ones over those that are not special; special tokens are separators
 such as [CLS] and [SEP], which see nothing but the global vector. Cost is linear in N.
 
-Neither q nor k is formed. The mean of q is the projection of the mean; g k_n is x_n times a matrix of C x G that g gives,
-up to a constant that the softmax drops; and v projects the mean of x that a weighs. Three projections are left of five.
+Neither q nor k is formed. The mean of q is the projection of the mean; g k_n is x_n times a matrix of C x G that g
+gives, up to a constant that the softmax drops; and v projects the mean of x that a weighs. Three projections are left of
+five.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ class MaskedLMHead(nn.Module):
 
 
 class PretrainingOutput(NamedTuple):
-    """Scores of the words ``(B, N, vocab_size)``, and of the relation between two parts of the text ``(B, classes)``."""
+    """Scores of the words ``(B, N, vocab_size)``, and of the relation of two parts of the text ``(B, classes)``."""
 
     logits: Tensor
     relation_logits: Tensor

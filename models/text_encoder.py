@@ -94,7 +94,7 @@ class TextEncoder(nn.Module):
 
     Inputs of `forward`, all but ``input_ids`` optional; for the head "pairs" every shape (B, N) is (B, 2, N):
         input_ids: (B, N). inputs_embeds: (B, N, C), in place of the words' vectors.
-        attention_mask: (B, N), 0 at padding. Mixers that cannot honour it mix padding in, of which a warning tells once.
+        attention_mask: (B, N), 0 at padding. Mixers that cannot honour it mix padding in; a warning tells so once.
         token_type_ids: (B, N), default 0.
         segment_ids: (B, N), numbers of segments from 0; default: a segment for every run of words between
             ``special_ids`` and for every one of these, or what the mixer does without.
@@ -304,10 +304,10 @@ class TextEncoder(nn.Module):
             raise ValueError(f"expected {wanted}, got a tensor of shape {tuple(x.shape)}")
         length = x.shape[1]
         if length > self.max_length or (self._bound and length != self.max_length):
-            most = f"exactly {self.max_length}, the grid of its mixers" if self._bound else f"at most {self.max_length}"
+            most = f"{'exactly' if self._bound else 'at most'} {self.max_length}"
             raise ValueError(
-                f"the sequence has {length} tokens, the model takes {most}: create it with max_length={length}, or call "
-                f"set_input_size({length}) first"
+                f"the sequence has {length} tokens, the model takes {most}: create it with "
+                f"max_length={length}, or call set_input_size({length}) first"
             )
         if types is not None and self.embed.token_type is None:
             raise ValueError("token_type_ids were given, but the model has no token types")
@@ -346,8 +346,8 @@ class TextEncoder(nn.Module):
             return
         self._warned = True
         warnings.warn(
-            f"the batch is padded, and the token mixer {', '.join(deaf)} mixes padding into every token: results depend "
-            "on the padded length; pad training and evaluation alike",
+            f"the batch is padded, and the token mixer {', '.join(deaf)} mixes padding into every token: results "
+            "depend on the padded length; pad training and evaluation alike",
             stacklevel=4,
         )
 

@@ -1,8 +1,8 @@
 """Releases and key layouts of PoNet (arXiv:2110.02442) and of its Long Range Arena harness.
 
-The authors' v1.0, their files on the Hub, and ModelScope's name the tensors alike. v1.0 and ModelScope tie the matrix of
-the masked-language head to the words' embeddings; on the Hub it is a tensor of its own, and a model that loads it with
-other values than the embeddings' gets one too.
+The authors' v1.0, their files on the Hub, and ModelScope's name the tensors alike. v1.0 and ModelScope tie the matrix
+of the masked-language head to the words' embeddings; on the Hub it is a tensor of its own, and a model that loads it
+with other values than the embeddings' gets one too.
 """
 
 from __future__ import annotations
