@@ -21,8 +21,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor
 
 from ._complex import complex_product
-from ._dft import from_spectrum, spectrum
-from ._layers import check_grid
+from ._dft import by_matrices, from_spectrum, irfft, rfft, sort_rows, spectrum
+from ._layers import check_grid, is_symbolic
 from ._registry import register_mixer
 from ._tables import island, widen
 
@@ -60,6 +60,34 @@ def _resize_kernel(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> Te
         fresh = kernel.new_zeros(*kernel.shape[:axis], b, *kernel.shape[axis + 1 :])
         kernel = fresh.index_copy(axis, index % b, kernel.index_select(axis, index % a))
     return torch.view_as_real(torch.fft.rfftn(kernel, dim=axes)).to(weight.dtype)
+
+
+class _FilterByFFT(torch.autograd.Function):
+    """F^-1 (k . F x). Its adjoint is the filter conj(k), where torch's own one takes complex transforms of full size."""
+
+    @staticmethod
+    def forward(x: Tensor, k: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        s = rfft(x)
+        return irfft(s * k, grid), s
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, k, ctx.grid = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, k, output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        x, k, s = ctx.saved_tensors
+        t = rfft(grad)
+        grad_k = None
+        if ctx.needs_input_grad[1]:
+            # a second derivative needs the graph of the spectrum
+            s = rfft(x) if torch.is_grad_enabled() else s
+            grad_k = (t * s.conj()).sum(0)
+            # bins that stand for two
+            grad_k[..., 1 : (ctx.grid[-1] + 1) // 2, :] *= 2
+        return (irfft(t * k.conj(), ctx.grid) if ctx.needs_input_grad[0] else None), grad_k, None
 
 
 @register_notrace_module
@@ -125,11 +153,21 @@ class GlobalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_grid(x, self.grid_size, "global_filter")
         with island(x):
-            z = widen(x)
-            # parts apart, since products over neighbouring channels are fast where their memory is
-            k = self.complex_weight.to(z.dtype).movedim(-1, 0).contiguous().movedim(0, -2)  # (*bins, 2, C)
-            y = from_spectrum(complex_product(spectrum(z), k), self.grid_size)
+            y = self._filter(widen(x))
         return y.to(x.dtype)
+
+    def _filter(self, x: Tensor) -> Tensor:
+        k = self.complex_weight.to(x.dtype)
+        if by_matrices(self.grid_size):
+            k = k.movedim(-1, 0)  # (2, *bins, C)
+            k = sort_rows(k, 1) if len(self.grid_size) == 2 else k
+            return from_spectrum(complex_product(spectrum(x), k), self.grid_size)
+        k = torch.view_as_complex(k.contiguous())
+        if is_symbolic(x):
+            return irfft(rfft(x) * k, self.grid_size)
+        if torch.is_grad_enabled():
+            return _FilterByFFT.apply(x, k, self.grid_size)[0]
+        return irfft(rfft(x).mul_(k), self.grid_size)
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}, resize={self.resize!r}"
