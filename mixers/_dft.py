@@ -5,7 +5,9 @@ A spectrum is the non-redundant half over the last axis of the grid, real parts 
 
 By matrices, for real x and the DFT written out in cosines and sines:
 
-    S = F_H (F_W x),  x = G_W (F_H* S)      F_W: (2 V, W) over a row, G_W its inverse, bins that stand for two weighted by 2
+    S = F_H (F_W x),  x = G_W (F_H* S)
+
+F_W is (2 V, W), and G_W its inverse, in which bins that stand for two weigh 2.
 
 Over the rows, the frequencies k and -k have the same cosines and opposite sines, so (H, H) cosines and sines applied to
 real and imaginary parts, and sums and differences of their results, give both. Spectra by matrices have the rows in the

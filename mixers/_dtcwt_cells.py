@@ -1,14 +1,14 @@
 """One level of the dual-tree complex wavelet transform on channels-last maps, as `scattering` wants it.
 
 A map ``(B, H, W, C)`` becomes a low band ``(B, 2, h, 2, w, C)``, with rows and columns by parity, and coefficients
-``(6, B, h, w, G, 2, D)`` of C = G D channels, each group's real parts before its imaginary ones. Bands come in the order
+``(6, B, h, w, G, 2, D)`` of C = G D channels, real parts before imaginary ones in each group. Bands come in the order
 LH, HL, HH, each with the coefficients z1 and z2 of its cells; see `_dtcwt` for these and for the filters. h and w are
 half of the even sides. Coefficients are sqrt 2 times those of `_dtcwt`, and the inverse takes them divided by sqrt 2.
 
-Each axis is one product with a dense matrix, the columns first. Rows of the matrix are sorted by (band, parity), so that
-the samples a, b, c, d of the cells are slices. On a CPU a long axis is cut into equal blocks, each a smaller product with
-the samples that its filters reach: less than half of the multiplications at 56 positions. Cutting a short one, or the
-columns, whose products are small already, gains nothing. Adjoints have the same form with transposed matrices.
+Each axis is one product with a dense matrix, the columns first. Rows of the matrix are sorted by (band, parity), so
+that the samples a, b, c, d of the cells are slices. On a CPU a long axis is cut into equal blocks, each a smaller
+product with the samples that its filters reach: 0.6 of the time over 56 rows. Cutting short axes gains nothing, nor do
+short blocks of columns, whose products are small already. Adjoints have the same form with transposed matrices.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _analyse(x: Tensor, rows: Tensor, columns: Tensor, groups: int) -> tuple[Ten
     B, H, W, C = x.shape
     K, J, D = len(rows), len(columns), C // groups
     y = _down(columns, x.reshape(B * H, W, C))  # (B H, J, 4 w / J, C)
-    y = _down(rows, y.reshape(B, H, -1))  # (B, K, 4 h / K, 4 w C)
+    y = _down(rows, y.reshape(B, H, J * columns.shape[1] * C))  # (B, K, 4 h / K, 4 w C)
     y = y.reshape(B, K, 4, rows.shape[1] // 4, J, 4, columns.shape[1] // 4, groups, D)
     h, w = K * y.shape[3], J * y.shape[6]
     z = y.new_empty(6, B, h, w, groups, 2, D)
@@ -181,7 +181,7 @@ def _filter(matrix: Tensor, x: Tensor, biort: str) -> Tensor:
 
 
 def _analyse_symbolic(x: Tensor, rows: Tensor, columns: Tensor, groups: int, biort: str) -> tuple[Tensor, Tensor]:
-    B, H, W, C = x.shape
+    B, H, _, C = x.shape
     h, w = rows.shape[0] // 4, columns.shape[0] // 4
     y = _filter(columns, x, biort).reshape(B, H, 4 * w * C)
     y = _filter(rows, y, biort).reshape(B, 1, 4, h, 1, 4, w, groups, C // groups)
@@ -211,7 +211,7 @@ def _tables(build, like: Tensor, grid: tuple[int, int], biort: str, blocks: bool
 
 
 def analyse(x: Tensor, grid: tuple[int, int], groups: int, biort: str) -> tuple[Tensor, Tensor]:
-    """Low band ``(B, 2, h, 2, w, C)`` and coefficients times sqrt 2, ``(6, B, h, w, G, 2, D)``, of ``(B, *grid, C)``."""
+    """Low band ``(B, 2, h, 2, w, C)`` and coefficients times sqrt 2 ``(6, B, h, w, G, 2, D)`` of ``(B, *grid, C)``."""
     symbolic = is_symbolic(x)
     rows, columns = _tables(_analysis, x, grid, biort, x.device.type == "cpu" and not symbolic)
     if symbolic:

