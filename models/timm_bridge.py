@@ -99,8 +99,10 @@ def _weights_of(spec: ModelSpec, cfg: PretrainedCfg) -> Any:
     if cfg.state_dict or cfg.file:
         return cfg.state_dict or cfg.file
     release = f"{spec.name}.{cfg.tag}" if cfg.tag else spec.name
-    if not cfg.tag or not releases_of(spec.name)[release].has_weights:
-        raise RuntimeError(f"no pretrained weights were released for {release!r}")
+    known = releases_of(spec.name).get(release, Release())
+    if not known.has_weights:
+        note = f": {known.note}" if known.note else ""
+        raise RuntimeError(f"no pretrained weights can be downloaded for {release!r}{note}")
     return release
 
 
