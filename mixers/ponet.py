@@ -14,8 +14,8 @@ All maxima are taken over valid tokens, and local ones over those that are not s
 such as [CLS] and [SEP], which see nothing but the global vector. Cost is linear in N.
 
 Neither q nor k is formed. The mean of q is the projection of the mean; g k_n is x_n times a matrix of C x G that g
-gives, up to a constant that the softmax drops; and v projects the mean of x that a weighs. Three projections are left of
-five.
+gives, up to a constant that the softmax drops; and v projects the mean of x that a weighs. Of five projections three
+are left.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._counting import Values, count, numel
 from ._layers import Linear, is_symbolic
 from ._registry import register_mixer
+
+
+@count("aten::scatter_reduce", column="other")
+def _scatter_reduce(inputs: Values, outputs: Values) -> int:
+    """One operation for every value that is reduced."""
+    return numel(inputs[3])
 
 
 def local_max(x: Tensor) -> Tensor:

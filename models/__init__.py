@@ -14,6 +14,7 @@ from . import (  # noqa: F401 - registers them
     seqformer,
     svt,
 )
+from ._inputs import example_inputs
 from ._registry import create_model, list_models
 from .block import MetaFormerBlock, ResidualBranch
 from .complexity import Complexity, complexity
@@ -30,5 +31,6 @@ __all__ = [
     "TextEncoder",
     "complexity",
     "create_model",
+    "example_inputs",
     "list_models",
 ]

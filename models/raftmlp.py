@@ -235,6 +235,8 @@ class RaftMLPBackbone(nn.Module):
         in_chans, img_size, weight_size, drop_path_rate and all further ones: see `RaftMLP`; it has no head.
     """
 
+    modality = "image"
+
     def __init__(
         self,
         *,
@@ -309,6 +311,8 @@ class RaftMLPShortcut(nn.Module):
         num_classes: of the classifier.
         all further ones: see `RaftMLP`, whose head is left out.
     """
+
+    modality = "image"
 
     def __init__(
         self,

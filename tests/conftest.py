@@ -4,6 +4,7 @@ A test that takes one of these arguments runs once for each of its values:
 
     model_name        every registered model
     model_kind        one name of those that differ in depths, widths and other numbers alone
+    image_kind        those of images
     classifier_name   every image classifier, that is, every model in timm's registry
     classifier_kind   one of a kind of them
 """
@@ -26,6 +27,9 @@ SMALL = {
     "dims": (16, 24, 32, 40),
     "depth": 4,
     "dim": 32,
+    "max_length": 40,
+    "vocab_size": 160,
+    "drop_rate": 0.0,
     "weight_size": 64,
     "proj_drop_rate": 0.0,
 }
@@ -41,10 +45,12 @@ def _kinds(names: Sequence[str]) -> list[str]:
 
 
 _NAMES = mixzoo.list_models()
-_CLASSIFIERS = [name for name in _NAMES if MODELS[name].modality == "image" and MODELS[name].timm]
+_IMAGES = [name for name in _NAMES if MODELS[name].modality == "image"]
+_CLASSIFIERS = [name for name in _IMAGES if MODELS[name].timm]
 _PARAMETERS = {
     "model_name": _NAMES,
     "model_kind": _kinds(_NAMES),
+    "image_kind": _kinds(_IMAGES),
     "classifier_name": _CLASSIFIERS,
     "classifier_kind": _kinds(_CLASSIFIERS),
 }
