@@ -214,6 +214,19 @@ def test_autocast_leaves_spectra_alone(name, grid):
         assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("name", ISLANDS)
+def test_a_backward_pass_inside_autocast_is_near(name):
+    mixer, x = build(name, (6, 10), **ISLANDS[name]).float(), maps((6, 10), dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(mixer(leaf).square().sum(), [leaf, *mixer.parameters()]))
+    for plain, cast in zip(*results, strict=True):
+        assert cast.dtype == torch.float32
+        assert (cast - plain).abs().max() < 0.03 * plain.abs().max()
+
+
 def test_autocast_in_the_form_with_a_convolution():
     mixer, x = build("scattering", (6, 10), form="channel_token").float(), maps((6, 10), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -377,6 +390,7 @@ def test_filters_of_the_wavelets_are_written_and_checked(svt_file):
     again = weights.export(converted, "svt")
     assert again.keys() == svt_file.keys()
     assert all(torch.equal(again[key], svt_file[key]) for key in again)
+    weights.convert({key: t.bfloat16() for key, t in svt_file.items()})
     other = svt_file | {"block1.0.attn.xfm.h0o": 1.01 * svt_file["block1.0.attn.xfm.h0o"]}
     with pytest.raises(mixzoo.weights.CheckpointError, match=r"block1\.0\.attn\.xfm\.h0o is not the constant"):
         weights.convert(other)
