@@ -19,7 +19,7 @@ from torch import Tensor
 from ._counting import count, numel
 from ._dtcwt import first_analysis, first_filters, first_synthesis
 from ._layers import is_symbolic
-from ._tables import left_product, table
+from ._tables import island, left_product, table
 
 # where the bands LH, HL, HH begin among rows and columns (low even, low odd, high even, high odd)
 _BANDS = ((2, 0), (0, 2), (2, 2))
@@ -139,7 +139,8 @@ class _Analyse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, low: Tensor, z: Tensor):
         rows, columns = (bands.transpose(1, 2) for bands in ctx.saved_tensors)
-        return _Synthesise.apply(low.contiguous(), z, rows, columns, ctx.grid), None, None, None
+        with island(low):
+            return _Synthesise.apply(low.contiguous(), z, rows, columns, ctx.grid), None, None, None
 
 
 class _Synthesise(torch.autograd.Function):
@@ -156,7 +157,8 @@ class _Synthesise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, columns = (bands.transpose(1, 2) for bands in ctx.saved_tensors)
-        return *_Analyse.apply(grad, rows, columns, ctx.groups), None, None, None
+        with island(grad):
+            return *_Analyse.apply(grad, rows, columns, ctx.groups), None, None, None
 
 
 torch.library.define("mixzoo::filter_axis", "(Tensor matrix, Tensor x, int taps) -> Tensor")

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ._complex import complex_product, real_bias, real_blocks
 from ._dft import from_spectrum, spectrum
+from ._layers import by_samples
 from ._registry import register_mixer
 from ._tables import island, widen
 
@@ -84,9 +85,12 @@ class AdaptiveFrequencyFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with island(x):
-            z = widen(x)
-            y = from_spectrum(self._masked(spectrum(z)), x.shape[1:-1])
+            # spectrum and mask of a sample are as large as two maps
+            y = by_samples(self._filtered, widen(x), widest=2 * x.shape[1:].numel())
         return x + y.to(x.dtype)
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        return from_spectrum(self._masked(spectrum(x)), x.shape[1:-1])
 
     def _masked(self, s: Tensor) -> Tensor:
         """M . S of a spectrum ``(2, B, *bins, C)``."""

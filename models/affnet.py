@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import ConvNormAct, calculate_drop_path_rates
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models._manipulate import checkpoint_seq
@@ -33,12 +34,23 @@ from .block import ResidualBranch
 _NORM_EPS = 1e-5
 
 
+class InplaceSiLU(nn.Module):
+    """x sigmoid(x), in place while no gradients are recorded; otherwise autograd would copy x before."""
+
+    def __init__(self, inplace: bool = True):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=self.inplace and not torch.is_grad_enabled())
+
+
 class AFFStem(nn.Module):
     """First convolution: ``(B, in_chans, H, W) -> (B, C, H/2, W/2)``, channels last in memory, as all that follows."""
 
     def __init__(self, in_chans: int, width: int, *, device=None, dtype=None):
         super().__init__()
-        self.embed = ConvNormAct(in_chans, width, 3, stride=2, act_layer=nn.SiLU, device=device, dtype=dtype)
+        self.embed = ConvNormAct(in_chans, width, 3, stride=2, act_layer=InplaceSiLU, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.embed(x.contiguous(memory_format=torch.channels_last))
@@ -84,7 +96,7 @@ class AFFMixingBlock(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        local = InvertedResidual(dim, dim, exp_ratio=expansion, act_layer=nn.SiLU, **dd)
+        local = InvertedResidual(dim, dim, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
         first, second = (make_norm("group", dim, eps=_NORM_EPS, **dd) for _ in range(2))
         token = TOKEN_MIXERS.create(token_mixer, dim, grid_size=grid_size, **dd)
         self.branch = ResidualBranch(first, LocalThenMix(local, second, token), drop_path=drop_path)
@@ -133,7 +145,7 @@ class AFFBlock(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks, make_norm("group", dim, eps=_NORM_EPS, **dd))
         self.proj = ConvNormAct(dim, dim, 1, apply_act=False, **dd)
-        self.fuse = ConvNormAct(2 * dim, dim, 1, act_layer=nn.SiLU, **dd) if fuse else None
+        self.fuse = ConvNormAct(2 * dim, dim, 1, act_layer=InplaceSiLU, **dd) if fuse else None
         self.hidden = 2 * dim
         self.grad_checkpointing = False
 
@@ -242,7 +254,7 @@ class AFFNet(ImageBackbone):
 
         def inverted(i: int, stride: int, first: bool = True) -> nn.Module:
             entry = (16, *widths)[i] if first else widths[i]
-            return InvertedResidual(entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=nn.SiLU, **dd)
+            return InvertedResidual(entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
 
         stages = [
             AFFStage([inverted(i, 1 + i), *(inverted(i, 1, first=False) for _ in range(conv_depths[i] - 1))])
@@ -254,7 +266,7 @@ class AFFNet(ImageBackbone):
             i = j + 2
             places = {"grid_size": grids[i], "drop_paths": rates[j]}
             mix = AFFBlock(widths[i], depth=depth, token_mixers=specs[j], fuse=fuse[j], **places, **dd)
-            expand = ConvNormAct(widths[i], head_width, 1, act_layer=nn.SiLU, **dd) if i == 4 else None
+            expand = ConvNormAct(widths[i], head_width, 1, act_layer=InplaceSiLU, **dd) if i == 4 else None
             stages.append(AFFStage([inverted(i, 2)], mix, expand))
         self.stages = nn.Sequential(*stages)
         for i, width in enumerate((*widths[:-1], head_width)):

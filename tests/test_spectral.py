@@ -16,8 +16,8 @@ from mixzoo.mixers._dtcwt_cells import _blocks
 
 GRIDS = {1: ((9,), (8,), (1,)), 2: ((5, 7), (8, 12), (1, 6), (7, 1), (2, 2), (36, 5)), 3: ((3, 5, 4),)}
 RANKED = [(rank, grid) for rank, grids in GRIDS.items() for grid in grids]
-# 28 rows are cut into blocks, 24 too, and 26 are not
-CELLS = ((28, 6), (24, 9), (26, 4), (7, 9), (3, 1), (2, 6))
+# 28 rows are cut into blocks, 24 too, and 26 are not; 128 columns are
+CELLS = ((28, 6), (24, 9), (26, 4), (7, 9), (3, 1), (2, 6), (3, 128))
 
 
 def build(name: str, grid: tuple[int, ...], dim: int = 16, **options) -> nn.Module:
@@ -214,6 +214,19 @@ def test_autocast_leaves_spectra_alone(name, grid):
         assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("name", ISLANDS)
+def test_a_backward_pass_inside_autocast_is_near(name):
+    mixer, x = build(name, (6, 10), **ISLANDS[name]).float(), maps((6, 10), dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results.append(torch.autograd.grad(mixer(leaf).square().sum(), [leaf, *mixer.parameters()]))
+    for plain, cast in zip(*results, strict=True):
+        assert cast.dtype == torch.float32
+        assert (cast - plain).abs().max() < 0.03 * plain.abs().max()
+
+
 def test_autocast_in_the_form_with_a_convolution():
     mixer, x = build("scattering", (6, 10), form="channel_token").float(), maps((6, 10), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -377,6 +390,7 @@ def test_filters_of_the_wavelets_are_written_and_checked(svt_file):
     again = weights.export(converted, "svt")
     assert again.keys() == svt_file.keys()
     assert all(torch.equal(again[key], svt_file[key]) for key in again)
+    weights.convert({key: t.bfloat16() for key, t in svt_file.items()})
     other = svt_file | {"block1.0.attn.xfm.h0o": 1.01 * svt_file["block1.0.attn.xfm.h0o"]}
     with pytest.raises(mixzoo.weights.CheckpointError, match=r"block1\.0\.attn\.xfm\.h0o is not the constant"):
         weights.convert(other)
@@ -403,6 +417,25 @@ def test_without_token_labels():
     assert not mixzoo.load_checkpoint(model, theirs).fresh
     with pytest.raises(ValueError, match="token_label=False"):
         model.forward_token_labels(torch.zeros(1, 3, 32, 32))
+
+
+def test_token_labels_come_back_to_their_own_image():
+    torch.manual_seed(0)
+    model = mixzoo.create_model("svt_s", **OPTIONS, img_size=(96, 64), num_classes=5).eval()
+    x = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        cls, dense = model.forward_token_labels(x)
+        whole_cls, whole_dense = model.forward_token_labels(x, box=(0, 0, 3, 2))
+        logits = model(x)
+    assert (cls.shape, dense.shape) == ((2, 5), (2, 6, 5))
+    torch.testing.assert_close(logits, cls + 0.5 * dense.amax(1))
+    # a box around everything swaps the two images, and their positions back
+    torch.testing.assert_close(whole_cls, cls.flip(0))
+    torch.testing.assert_close(whole_dense, dense)
+    with pytest.raises(ValueError, match="multiples of 32"):
+        mixzoo.create_model("svt_s", **OPTIONS, img_size=40).forward_token_labels(
+            torch.zeros(2, 3, 40, 40), (0, 0, 1, 1)
+        )
 
 
 @pytest.mark.parametrize("name", ["affnet_t", "svt_s_paper"])

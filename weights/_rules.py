@@ -194,6 +194,12 @@ def under(theirs: str, ours: str, rules: Iterable[Rule | Sequence]) -> list[Rule
     return placed
 
 
+def _near(value: Tensor, want: Tensor) -> bool:
+    """Whether a stored constant is the right one, as far as its dtype can say."""
+    tolerance = max(1e-6, torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
+    return value.is_meta or torch.allclose(value.to(want), want, rtol=0, atol=tolerance)
+
+
 @dataclass(frozen=True)
 class Converted:
     """A state dict in our names.
@@ -280,8 +286,7 @@ class Layout:
     def _check_constants(self, state: Mapping[str, Tensor]) -> None:
         for key, want in self.constants(state).items() if self.constants else ():
             value = state.get(key, want)
-            same_shape = value.shape == want.shape
-            if not same_shape or (not value.is_meta and not torch.allclose(value.to(want), want, rtol=0, atol=1e-6)):
+            if value.shape != want.shape or not _near(value, want):
                 raise CheckpointError(
                     f"{key} is not the constant that the layout {self.name!r} ({self.title}) has there"
                 )
