@@ -1,0 +1,300 @@
+"""`mixzoo finetune --task forecast`: series to their future, from arguments to a plan; and its presets."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import mixzoo
+from mixzoo.mixers._registry import parse_spec
+from mixzoo.models._registry import resolve_name
+from mixzoo.models.timm_bridge import skeleton_options
+
+from ._forecasting import (
+    ForecastData,
+    Forecasting,
+    anchors_of,
+    channel_table,
+    draw_forecasts,
+    make_loaders,
+    result_table,
+    verdict,
+)
+from ._plan import (
+    Kind,
+    Outcome,
+    Plan,
+    describe_run,
+    fill_recipe,
+    is_own_file,
+    loop_settings,
+    parse_options,
+    run_folder,
+    start_of,
+)
+from ._recipes import Recipe
+from ._series_data import Scaler, Series, check_lengths, read_series, split_rows, time_marks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastRecipe(Recipe):
+    """Defaults of the options of the same names, for training from scratch and from weights alike.
+
+    Attributes:
+        models: patterns of the names of models that `--preset auto` takes it for.
+        context: steps of look-back; None for what the model was built or published with.
+        loss: name in `LOSSES`.
+        options: of the model, if it is trained from scratch.
+    """
+
+    models: tuple[str, ...] = ()
+    context: int | None = None
+    loss: str = "mse"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.0
+    schedule: str = "one-cycle"
+
+
+# published settings where the name is a paper's; (preset, start)
+PRESETS: dict[tuple[str, str], ForecastRecipe] = {
+    # kwuking/TimeMixer at 8d230b7, scripts of ETTh1; ETTh2 and ETTm1 leave the batch at 16
+    ("timemixer", "scratch"): ForecastRecipe(
+        models=("timemixer*",),
+        epochs=10,
+        batch_size=128,
+        lr=1e-2,
+        optimizer="adam",
+        warmup=2.0,
+        patience=10,
+        context=96,
+    ),
+    ("timemixer-batch16", "scratch"): ForecastRecipe(
+        models=(),
+        epochs=10,
+        batch_size=16,
+        lr=1e-2,
+        optimizer="adam",
+        warmup=2.0,
+        patience=10,
+        context=96,
+    ),
+    # granite-tsfm at 412573a, the notebook that starts from scratch
+    ("patchtsmixer", "scratch"): ForecastRecipe(
+        models=("patchtsmixer*",),
+        epochs=100,
+        batch_size=32,
+        lr=1e-4,
+        weight_decay=0.0,
+        schedule="linear",
+        patience=5,
+        min_gain=1e-3,
+        context=512,
+        options={
+            "patch_length": 8,
+            "patch_stride": 8,
+            "dim": 48,
+            "depth": 3,
+            "expansion_factor": 3,
+            "drop_rate": 0.5,
+            "head_drop_rate": 0.7,
+        },
+    ),
+    ("series", "scratch"): ForecastRecipe(
+        models=("*",), epochs=20, batch_size=64, lr=1e-3, optimizer="adam", schedule="cosine", patience=5
+    ),
+    ("series", "tuned"): ForecastRecipe(
+        models=("*",), epochs=20, batch_size=64, lr=1e-4, optimizer="adam", schedule="cosine", patience=5
+    ),
+}
+
+_HELP = """\
+series (--task forecast)
+  --data is a CSV file: a header, one line per time step, one column per channel; a column of dates is optional and
+  gives time marks and the daily anchor. Missing values are refused with their line numbers.
+  The first rows train, the next ones choose the epoch, the last ones are measured once (--split); channels are scaled
+  by mean and standard deviation of the training rows, errors are on that scale, and every window counts. Each result
+  stands beside forecasts that take seconds: the last value, the last day, and one matrix fitted in closed form.
+  --freq says which marks the model gets if not those of the file's step (published runs on 15-minute data use h).
+"""
+
+
+def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
+    """Read the series, build the model and settle every value; writes nothing.
+
+    Raises:
+        ValueError, TypeError: a value that cannot be; the message names the argument or the model's option.
+    """
+    if args.data is None:
+        raise ValueError("--task forecast needs --data FILE.csv")
+    series = read_series(args.data, columns=_names(args.columns), date_column=args.date_column)
+    start = start_of(args)
+    preset = args.preset if args.preset != "auto" else _preset_for(args.model, start)
+    row = PRESETS.get((preset, start)) or PRESETS[preset, "scratch"]
+    recipe = fill_recipe(args, row, ("loss",))
+    net = _open_own(args, series) if is_own_file(args.model) else _build(args, recipe, series, start)
+    if args.freeze and (not hasattr(net, "get_classifier") or net.get_classifier() is None):
+        raise ValueError(f"--freeze: {args.model} has no separate head to train alone")
+    data = _cut(args, series, net)
+    task = Forecasting(net.forward_inputs, loss=recipe.loss)
+    loaders = make_loaders(
+        data, batch_size=recipe.batch_size, workers=args.workers, seed=args.seed, processes=processes
+    )
+    loop = loop_settings(args, recipe, row, processes)
+    described = describe_run(args, net, preset, recipe, loop) | {
+        "columns": list(series.columns),
+        "context_length": data.context,
+        "horizon": data.horizon,
+        "splits": {name: list(getattr(data.splits, name)) for name in ("train", "val", "test")},
+        "scaler": {"mean": data.scaler.mean.tolist(), "std": data.scaler.std.tolist()},
+        "marks": 0 if data.marks is None else data.marks.shape[1],
+        "processes": processes,
+        "precision": precision,
+    }
+    return Plan(
+        net=net,
+        task=task,
+        loaders=loaders,
+        loop=loop,
+        folder=run_folder(args, f"{series.name}-{data.horizon}"),
+        preset=preset,
+        start=start,
+        lines=_lines(data, task),
+        report=lambda outcome: _report(outcome, data, args),
+        curves=(("mse", "mean squared error"),),
+        described=described,
+    )
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _preset_for(model: str, start: str) -> str:
+    """`--preset auto`: the first one for a model of that name."""
+    name = model if not is_own_file(model) else ""
+    return next(
+        preset
+        for (preset, begin), row in PRESETS.items()
+        if begin == start and any(fnmatch(name, pattern) for pattern in row.models)
+    )
+
+
+def _build(args: argparse.Namespace, recipe: ForecastRecipe, series: Series, start: str) -> nn.Module:
+    """The model for the channels of the series, with its weights."""
+    spec, _ = resolve_name(args.model)
+    known = skeleton_options(spec)
+    given = parse_options(args.set)
+    options = {"num_channels": len(series.columns)}
+    context = args.context_length
+    if start == "scratch":
+        options |= {key: value for key, value in recipe.options.items() if key in known}
+        context = context or recipe.context
+    # what is not said is the model's own
+    options |= {"context_length": context} if context else {}
+    options |= {"prediction_length": args.horizon} if args.horizon else {}
+    if recipe.drop_path:
+        options["drop_path_rate"] = recipe.drop_path
+    freq = _freq(args, series)
+    if freq and "freq" in known:
+        options["freq"] = freq
+    _check_given(args, given)
+    return mixzoo.create_model(
+        args.model,
+        pretrained=args.pretrained,
+        checkpoint=args.checkpoint,
+        token_mixer=parse_spec(args.token_mixer) if args.token_mixer else None,
+        **options | given,
+    )
+
+
+def _check_given(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+    """`--set` may not say again, and otherwise, what options of the command say."""
+    twice = {"context_length": "--context-length", "prediction_length": "--horizon", "num_channels": "--columns"}
+    for key in twice.keys() & given.keys():
+        raise ValueError(f"--set {key}: use {twice[key]}")
+
+
+def _freq(args: argparse.Namespace, series: Series) -> str | None:
+    """Key of the marks to make."""
+    if args.freq and not series.dates:
+        raise ValueError(f"--freq {args.freq} needs a column of dates, which --data {args.data} has not")
+    return args.freq or series.freq
+
+
+def _open_own(args: argparse.Namespace, series: Series) -> nn.Module:
+    """The model of a file of ours, for a series of its channels."""
+    net = mixzoo.load(args.model)
+    for option, given, has in (
+        ("--horizon", args.horizon, net.prediction_length),
+        ("--context-length", args.context_length, net.context_length),
+        ("--columns", len(series.columns), net.num_channels),
+    ):
+        if given and given != has:
+            raise ValueError(f"{option}: MODEL {args.model} was made for {has}, not {given}")
+    return net
+
+
+def _cut(args: argparse.Namespace, series: Series, net: nn.Module) -> ForecastData:
+    """The series, split and scaled for the model; marks if it takes them."""
+    splits = split_rows(series, args.split)
+    check_lengths(splits, net.context_length, net.prediction_length)
+    scaler = Scaler.fit(series.values[slice(*splits.train)])
+    marked = {"past_time_features", "future_time_features"} & set(net.forward_inputs)
+    marks = time_marks(series.dates, _freq(args, series)) if marked and series.dates else None
+    values = scaler.scale(series.values)
+    return ForecastData(series, splits, scaler, values, marks, net.context_length, net.prediction_length)
+
+
+def _lines(data: ForecastData, task: Forecasting) -> dict[str, str]:
+    series, splits = data.series, data.splits
+    stretches = {"train": splits.train, "val": splits.val, "test": splits.test}
+    rows = [f"{name} {start}-{stop - 1}" for name, (start, stop) in stretches.items()]
+    counts = [len(data.windows(stretch, lookback=name != "train")) for name, stretch in stretches.items()]
+    unused = len(series.values) - splits.test[1]
+    note = f"; {unused} later rows unused" if unused else ""
+    marks = "no time marks" if data.marks is None or not task.inputs else f"{data.marks.shape[1]} time marks"
+    return {
+        "data": f"{series.name}: {len(series.columns)} channels, rows {', '.join(rows)} ({splits.rule}){note}"
+        + (series.note and f"; {series.note}"),
+        "input": f"{data.context} steps to {data.horizon}; windows train {counts[0]}, val {counts[1]}, test "
+        f"{counts[2]}; {marks}; scaled by the training rows",
+    }
+
+
+def _report(outcome: Outcome, data: ForecastData, args: argparse.Namespace) -> str:
+    """The result on the test stretch beside the anchors, and pictures of forecasts."""
+    trainer, task = outcome.trainer, outcome.trainer.task
+    result, anchors = task.summarize(outcome.measured), anchors_of(data)
+    name = Path(args.model).stem if is_own_file(args.model) else args.model
+    lines = [
+        f"test errors of {trainer.folder.best} on {len(outcome.measured['mse'])} windows of {data.horizon} steps, "
+        f"scaled (epoch {trainer.best[1]}, the best one on val):",
+        result_table(result, name, data, anchors),
+        verdict(result, data, anchors),
+    ]
+    if args.per_class:
+        lines.append(channel_table(outcome.measured, data.series.columns))
+    if importlib.util.find_spec("matplotlib") is None:
+        lines.append("no forecasts.png: pip install 'mixzoo[plots]'")
+    else:
+        path = trainer.folder.path / "forecasts.png"
+        draw_forecasts(task, outcome.best, data, anchors, path)
+        lines.append(f"forecasts: {path}")
+    return "\n".join(lines)
+
+
+FORECAST = Kind(
+    modality="series",
+    inputs="series",
+    options=frozenset(("horizon", "context_length", "split", "columns", "date_column", "freq", "loss", "per_class")),
+    presets=PRESETS,
+    plan=make_plan,
+    help=_HELP,
+)
