@@ -119,14 +119,16 @@ def anchors_of(data: ForecastData) -> dict[str, Forecast]:
     return anchor_forecasts(data.values, data.splits.train, data.context, data.horizon, data.series.season)
 
 
-def result_table(result: Mapping[str, float], name: str, data: ForecastData, anchors: Mapping[str, Forecast]) -> str:
-    """The result on the test stretch beside the anchors on the same windows."""
-    scores = [
-        {"name": title, **score(forecast, data.values, data.splits.test, data.context, data.horizon)}
-        for title, forecast in anchors.items()
-    ]
-    linear = scores[0]["mse"]
-    rows = [{"name": name, **result}, *scores]
+def scores_of(data: ForecastData, anchors: Mapping[str, Forecast]) -> dict[str, dict[str, float]]:
+    """Errors of the anchors on every window of the test stretch."""
+    sizes = (data.values, data.splits.test, data.context, data.horizon)
+    return {title: score(forecast, *sizes) for title, forecast in anchors.items()}
+
+
+def result_table(result: Mapping[str, float], name: str, scores: Mapping[str, Mapping[str, float]]) -> str:
+    """The result beside the anchors, the first of which is the linear map."""
+    linear = next(iter(scores.values()))["mse"]
+    rows = [{"name": name, **result}, *({"name": title, **values} for title, values in scores.items())]
     for row in rows:
         row["against"] = (row["mse"] / linear - 1) * 100 if linear else None
     columns = [
@@ -138,12 +140,11 @@ def result_table(result: Mapping[str, float], name: str, data: ForecastData, anc
     return text_table(columns, rows)
 
 
-def verdict(result: Mapping[str, float], data: ForecastData, anchors: Mapping[str, Forecast]) -> str:
+def verdict(result: Mapping[str, float], scores: Mapping[str, Mapping[str, float]]) -> str:
     """One sentence: whether the network forecasts better than the linear map."""
-    title, linear = next(iter(anchors.items()))
-    anchor = score(linear, data.values, data.splits.test, data.context, data.horizon)["mse"]
-    if result["mse"] < anchor:
-        return f"better than the linear map by {(1 - result['mse'] / anchor) * 100:.1f} % in MSE"
+    title, linear = next(iter(scores.items()))
+    if result["mse"] < linear["mse"]:
+        return f"better than the linear map by {(1 - result['mse'] / linear['mse']) * 100:.1f} % in MSE"
     return f"not better than one matrix fitted in closed form ({title}): nothing was learnt beyond it"
 
 

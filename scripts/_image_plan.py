@@ -26,6 +26,7 @@ from ._plan import (
     loop_settings,
     parse_options,
     run_folder,
+    spread,
     start_of,
 )
 from ._presets import PRESETS, ImageRecipe, preset_for
@@ -207,6 +208,13 @@ def _pixels(net: nn.Module, data: ImageData) -> Pixels:
     )
 
 
+def _pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
+    """Mean and standard deviation of the runs."""
+    values = [plan.task.summarize(outcome.measured) for plan, outcome in zip(plans, outcomes, strict=True)]
+    scores = ", ".join(f"{name} {spread([v[name] for v in values], 2)}" for name in values[0])
+    return f"{len(plans)} runs, mean ± standard deviation: {scores}"
+
+
 CLASSIFY = Kind(
     modality="image",
     inputs="images",
@@ -226,5 +234,6 @@ CLASSIFY = Kind(
     ),
     presets=PRESETS,
     plan=make_plan,
+    pool=_pool,
     help=_HELP,
 )

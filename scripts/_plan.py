@@ -10,7 +10,7 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,7 +69,7 @@ class Kind:
         presets: recipes by (name, start).
         plan: ``(args, processes, precision) -> Plan``; raises ValueError or TypeError naming the argument.
         help: its part of ``--help``.
-        pool: what to tell of several runs on folds together, from their plans and outcomes; None if it has none.
+        pool: what to tell of several runs together, those of `--repeat` and `--folds`, from plans and outcomes.
     """
 
     modality: str
@@ -77,8 +77,8 @@ class Kind:
     options: frozenset[str]
     presets: Mapping[tuple[str, str], Recipe]
     plan: Callable[[argparse.Namespace, int, str], Plan]
+    pool: Callable[[Sequence[Plan], Sequence[Outcome]], str]
     help: str = ""
-    pool: Callable[[Sequence[Plan], Sequence[Outcome]], str] | None = field(default=None)
 
 
 def is_own_file(model: str) -> bool:
@@ -190,9 +190,18 @@ def describe_run(
 
 
 def run_folder(args: argparse.Namespace, data_name: str) -> RunFolder:
-    """The folder of the run: what was asked for, or runs/MODEL-DATA."""
+    """The folder of the run: what was asked for, or runs/MODEL-DATA; one of several runs has a folder in there."""
     name = Path(args.model).stem if is_own_file(args.model) else args.model
-    return RunFolder(args.output or Path("runs") / f"{name}-{data_name}")
+    path = Path(args.output or Path("runs") / f"{name}-{data_name}")
+    path = path / f"seed{args.seed}" if args.repeat else path
+    return RunFolder(path if args.fold is None else path / f"fold{args.fold + 1}")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation of several runs."""
+    mean, count = sum(values) / len(values), len(values)
+    deviation = (sum((value - mean) ** 2 for value in values) / max(count - 1, 1)) ** 0.5
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

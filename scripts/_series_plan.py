@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -25,6 +25,7 @@ from ._forecasting import (
     draw_forecasts,
     make_loaders,
     result_table,
+    scores_of,
     verdict,
 )
 from ._plan import (
@@ -37,10 +38,12 @@ from ._plan import (
     loop_settings,
     parse_options,
     run_folder,
+    spread,
     start_of,
 )
 from ._recipes import Recipe
 from ._series_data import Scaler, Series, check_lengths, read_series, split_rows, time_marks
+from ._tables import Column, text_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,7 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         report=lambda outcome: _report(outcome, data, args),
         curves=(("mse", "mean squared error"),),
         described=described,
+        data=data,
     )
 
 
@@ -272,12 +276,13 @@ def _report(outcome: Outcome, data: ForecastData, args: argparse.Namespace) -> s
     """The result on the test stretch beside the anchors, and pictures of forecasts."""
     trainer, task = outcome.trainer, outcome.trainer.task
     result, anchors = task.summarize(outcome.measured), anchors_of(data)
+    scores = scores_of(data, anchors)
     name = Path(args.model).stem if is_own_file(args.model) else args.model
     lines = [
         f"test errors of {trainer.folder.best} on {len(outcome.measured['mse'])} windows of {data.horizon} steps, "
         f"scaled (epoch {trainer.best[1]}, the best one on val):",
-        result_table(result, name, data, anchors),
-        verdict(result, data, anchors),
+        result_table(result, name, scores),
+        verdict(result, scores),
     ]
     if args.per_class:
         lines.append(channel_table(outcome.measured, data.series.columns))
@@ -290,11 +295,23 @@ def _report(outcome: Outcome, data: ForecastData, args: argparse.Namespace) -> s
     return "\n".join(lines)
 
 
+def _pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
+    """Mean and standard deviation of the runs beside the anchors, which have none."""
+    data = plans[0].data
+    values = [plan.task.summarize(outcome.measured) for plan, outcome in zip(plans, outcomes, strict=True)]
+    rows = [{"name": plans[0].described["model"], **{name: spread([v[name] for v in values], 4) for name in values[0]}}]
+    for title, scores in scores_of(data, anchors_of(data)).items():
+        rows.append({"name": title, **{name: f"{value:.4f}" for name, value in scores.items()}})
+    columns = [Column("name", "forecast", left=True), Column("mse", "MSE"), Column("mae", "MAE")]
+    return f"{len(plans)} runs on {data.series.name}, mean ± standard deviation:\n{text_table(columns, rows)}"
+
+
 FORECAST = Kind(
     modality="series",
     inputs="series",
     options=frozenset(("horizon", "context_length", "split", "columns", "date_column", "freq", "loss", "per_class")),
     presets=PRESETS,
     plan=make_plan,
+    pool=_pool,
     help=_HELP,
 )

@@ -29,10 +29,10 @@ from ._plan import (
     loop_settings,
     parse_options,
     run_folder,
+    spread,
     start_of,
 )
 from ._recipes import Recipe
-from ._runs import RunFolder
 from ._tables import Column, text_table
 from ._text_data import Columns, TextData, label_counts, load_texts
 from ._text_task import (
@@ -154,7 +154,6 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
     )
     task = TextClassification(metric=recipe.metric, smoothing=recipe.smoothing)
     _try_out(net, task, job.sequences["train"])
-    folder = run_folder(args, job.name)
     described = describe_run(args, net, preset, recipe, loop) | {
         "files": [args.val_data, args.test_data],
         "columns": [args.text_column, args.label_column, args.group_by],
@@ -171,7 +170,7 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         task=task,
         loaders=loaders,
         loop=loop,
-        folder=folder if args.fold is None else RunFolder(folder.path / f"fold{args.fold + 1}"),
+        folder=run_folder(args, job.name),
         preset=preset,
         start=start,
         lines=_lines(job, words, net),
@@ -186,6 +185,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.data is None:
         raise ValueError(f"--task text needs --data: a file, a folder, or {', '.join(_listops.SIZES)}")
     if args.data in _listops.SIZES:
+        args.metric = args.metric or "accuracy"  # the benchmark's
         clash = ("tokenizer", "text_column", "label_column", "val_data", "test_data", "folds", "group_by")
         given = [f"--{name.replace('_', '-')}" for name in clash if getattr(args, name)]
         if given:
@@ -376,7 +376,7 @@ def _report(outcome: Outcome, job: Job, args: argparse.Namespace) -> str:
 
 
 def pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
-    """All folds together: mean and standard deviation over the folds, and every text once."""
+    """All runs together: scores over all their texts, and mean and standard deviation over the runs."""
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for plan, outcome in zip(plans, outcomes, strict=True):
         measured, baselines = outcome.measured, plan.data.baselines()
@@ -388,17 +388,13 @@ def pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
     for name, pairs in found.items():
         folds = [scores_of(*pair) for pair in pairs]
         whole = scores_of(*(np.concatenate(parts) for parts in zip(*pairs, strict=True)))
-        spread = {f"{metric}_folds": _spread([fold[metric] for fold in folds]) for metric in whole}
-        rows.append({"name": name, **whole, **spread})
+        runs = {f"{metric}_runs": spread([fold[metric] for fold in folds], 2) for metric in whole}
+        rows.append({"name": name, **whole, **runs})
     columns = [Column("name", "classifier", left=True)]
     for metric, title in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
-        columns += [Column(metric, f"{title} %", "{:.2f}".format), Column(f"{metric}_folds", "mean ± sd of folds")]
+        columns += [Column(metric, f"{title} %", "{:.2f}".format), Column(f"{metric}_runs", "mean ± sd of runs")]
     total = sum(len(outcome.measured["label"]) for outcome in outcomes)
-    return f"\nall {len(plans)} folds, {total} texts, each tested once:\n{text_table(columns, rows)}"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    return f"all {len(plans)} runs, {total} texts tested:\n{text_table(columns, rows)}"
 
 
 TEXT = Kind(

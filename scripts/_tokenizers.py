@@ -123,7 +123,7 @@ def open_tokenizer(name: str) -> Tokenizer:
         if importlib.util.find_spec("tokenizers") is None:
             raise ValueError(f"--tokenizer {name} needs the package tokenizers: pip install 'mixzoo[text]'")
         return FileTokenizer(path)
-    if path.suffix == ".json":
+    if Path(name).suffix == ".json":
         raise ValueError(f"--tokenizer {name}: no such file")
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(f"--tokenizer {name} needs the package transformers: pip install 'mixzoo[text]'")

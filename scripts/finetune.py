@@ -169,6 +169,7 @@ def _add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--smoothing", type=share, metavar="P", help="label smoothing")
     group.add_argument("--ema", type=share, metavar="DECAY", help="average the weights, e.g. 0.999; 0: off")
     group.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of everything random (0)")
+    group.add_argument("--repeat", type=_COUNT, metavar="N", help="N runs with seeds from --seed on, and their mean")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -241,11 +242,12 @@ def main(argv: list[str] | None = None) -> int:
         kind = kind_of(args, parser)
         check_arguments(args)
         accelerator = make_accelerator(args)
-        prepared = _prepare(args, kind, accelerator, None if args.folds is None else 0)
+        parts = _parts(args)
+        prepared = _prepare(parts[0], kind, accelerator, first=True)
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     try:
-        return _run_all(args, argv, kind, accelerator, prepared)
+        return _run_all(parts, argv, kind, accelerator, prepared)
     except (TrainingError, OSError) as error:
         print(f"mixzoo finetune: {(str(error).splitlines() or [type(error).__name__])[-1]}", file=sys.stderr)
         return 1
@@ -254,45 +256,54 @@ def main(argv: list[str] | None = None) -> int:
         return _INTERRUPTED
 
 
+def _parts(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments of every run: one, or one for each seed and fold."""
+    seeds = range(args.seed, args.seed + (args.repeat or 1))
+    folds = range(args.folds) if args.folds else (None,)
+    return [argparse.Namespace(**vars(args) | {"seed": seed, "fold": fold}) for seed in seeds for fold in folds]
+
+
 def _prepare(
-    args: argparse.Namespace, kind: Kind, accelerator: Accelerator, fold: int | None
+    args: argparse.Namespace, kind: Kind, accelerator: Accelerator, *, first: bool
 ) -> tuple[Plan, Mapping[str, Any] | None]:
-    """The plan of a run, or of one fold, and the state to go on from."""
+    """The plan of a run and the state to go on from."""
     set_seed(args.seed)
-    args.fold = fold
     # the first process downloads what the others then find
     with accelerator.main_process_first():
         plan = kind.plan(args, accelerator.num_processes, accelerator.mixed_precision)
-    # of several folds those that were not begun start now
-    resume = args.resume and (fold in (None, 0) or plan.folder.last.is_file())
+    # of several runs those that were not begun start now
+    resume = args.resume and (first or plan.folder.last.is_file())
     plan.folder.check(plan.described, resume=resume, overwrite=args.overwrite)
     return plan, plan.folder.read_state() if resume else None
 
 
-def _next_fold(args: argparse.Namespace, kind: Kind, accelerator: Accelerator, fold: int) -> tuple[Plan, Any]:
+def _next(args: argparse.Namespace, kind: Kind, accelerator: Accelerator) -> tuple[Plan, Any]:
     """`_prepare` when runs have been going on."""
     try:
-        return _prepare(args, kind, accelerator, fold)
+        return _prepare(args, kind, accelerator, first=False)
     except ValueError as error:
         raise TrainingError(str(error)) from None
 
 
 def _run_all(
-    args: argparse.Namespace, argv: Sequence[str], kind: Kind, accelerator: Accelerator, first: tuple[Plan, Any]
+    parts: Sequence[argparse.Namespace],
+    argv: Sequence[str],
+    kind: Kind,
+    accelerator: Accelerator,
+    first: tuple[Plan, Any],
 ) -> int:
-    """The run, or one for every fold and then what they give together."""
-    folds = args.folds or 1
+    """The run, or several and then what they give together."""
     plans, outcomes = [], []
-    for fold in range(folds):
-        plan, state = first if fold == 0 else _next_fold(args, kind, accelerator, fold)
+    for number, args in enumerate(parts):
+        plan, state = first if number == 0 else _next(args, kind, accelerator)
         outcome = _run(args, argv, plan, accelerator, state)
         if outcome is None:
             return _INTERRUPTED
         plans.append(plan)
         outcomes.append(outcome)
         accelerator.free_memory()
-    if args.folds and accelerator.is_main_process:
-        print(kind.pool(plans, outcomes))
+    if len(parts) > 1 and accelerator.is_main_process:
+        print(f"\n{kind.pool(plans, outcomes)}")
     return 0
 
 

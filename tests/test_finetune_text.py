@@ -327,8 +327,8 @@ def test_folds_are_run_and_told_of_together(weather, tmp_path, capsys):
     command = ("--data", weather, "--folds", 3, "--group-by", "id", "--epochs", 1, "--lr", 1e-2)
     assert run(*command, output=tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "all 3 folds, 150 texts, each tested once" in shown
-    assert "mean ± sd of folds" in shown
+    assert "all 3 runs, 150 texts tested" in shown
+    assert "mean ± sd of runs" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fold1", "fold2", "fold3"]
     last = (tmp_path / "fold2" / "last.pt").read_bytes()
     # a fold that was not begun is run, the others are told of again
@@ -336,7 +336,7 @@ def test_folds_are_run_and_told_of_together(weather, tmp_path, capsys):
         path.unlink()
     assert run(*command, "--resume", output=tmp_path) == 0
     again = capsys.readouterr().out
-    assert again.partition("all 3 folds")[2] == shown.partition("all 3 folds")[2]
+    assert again.partition("all 3 runs")[2] == shown.partition("all 3 runs")[2]
     assert (tmp_path / "fold2" / "last.pt").read_bytes() == last
 
 
