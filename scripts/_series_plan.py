@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import mixzoo
@@ -41,81 +40,9 @@ from ._plan import (
     spread,
     start_of,
 )
-from ._recipes import Recipe
 from ._series_data import Scaler, Series, check_lengths, read_series, split_rows, time_marks
+from ._series_presets import PRESETS, ForecastRecipe, preset_for
 from ._tables import Column, text_table
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForecastRecipe(Recipe):
-    """Defaults of the options of the same names, for training from scratch and from weights alike.
-
-    Attributes:
-        models: patterns of the names of models that `--preset auto` takes it for.
-        context: steps of look-back; None for what the model was built or published with.
-        loss: name in `LOSSES`.
-        options: of the model, if it is trained from scratch.
-    """
-
-    models: tuple[str, ...] = ()
-    context: int | None = None
-    loss: str = "mse"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    weight_decay: float = 0.0
-    schedule: str = "one-cycle"
-
-
-# published settings where the name is a paper's; (preset, start)
-PRESETS: dict[tuple[str, str], ForecastRecipe] = {
-    # kwuking/TimeMixer at 8d230b7, scripts of ETTh1; ETTh2 and ETTm1 leave the batch at 16
-    ("timemixer", "scratch"): ForecastRecipe(
-        models=("timemixer*",),
-        epochs=10,
-        batch_size=128,
-        lr=1e-2,
-        optimizer="adam",
-        warmup=2.0,
-        patience=10,
-        context=96,
-    ),
-    ("timemixer-batch16", "scratch"): ForecastRecipe(
-        models=(),
-        epochs=10,
-        batch_size=16,
-        lr=1e-2,
-        optimizer="adam",
-        warmup=2.0,
-        patience=10,
-        context=96,
-    ),
-    # granite-tsfm at 412573a, the notebook that starts from scratch
-    ("patchtsmixer", "scratch"): ForecastRecipe(
-        models=("patchtsmixer*",),
-        epochs=100,
-        batch_size=32,
-        lr=1e-4,
-        weight_decay=0.0,
-        schedule="linear",
-        patience=5,
-        min_gain=1e-3,
-        context=512,
-        options={
-            "patch_length": 8,
-            "patch_stride": 8,
-            "dim": 48,
-            "depth": 3,
-            "expansion_factor": 3,
-            "drop_rate": 0.5,
-            "head_drop_rate": 0.7,
-        },
-    ),
-    ("series", "scratch"): ForecastRecipe(
-        models=("*",), epochs=20, batch_size=64, lr=1e-3, optimizer="adam", schedule="cosine", patience=5
-    ),
-    ("series", "tuned"): ForecastRecipe(
-        models=("*",), epochs=20, batch_size=64, lr=1e-4, optimizer="adam", schedule="cosine", patience=5
-    ),
-}
 
 _HELP = """\
 series (--task forecast)
@@ -138,14 +65,15 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         raise ValueError("--task forecast needs --data FILE.csv")
     series = read_series(args.data, columns=_names(args.columns), date_column=args.date_column)
     start = start_of(args)
-    preset = args.preset if args.preset != "auto" else _preset_for(args.model, start)
+    preset = args.preset if args.preset != "auto" else preset_for("" if is_own_file(args.model) else args.model, start)
     row = PRESETS.get((preset, start)) or PRESETS[preset, "scratch"]
     recipe = fill_recipe(args, row, ("loss",))
     net = _open_own(args, series) if is_own_file(args.model) else _build(args, recipe, series, start)
     if args.freeze and (not hasattr(net, "get_classifier") or net.get_classifier() is None):
         raise ValueError(f"--freeze: {args.model} has no separate head to train alone")
-    data = _cut(args, series, net)
+    data = _cut(args, recipe, series, net)
     task = Forecasting(net.forward_inputs, loss=recipe.loss)
+    _try_out(net, task, data, args.model)
     loaders = make_loaders(
         data, batch_size=recipe.batch_size, workers=args.workers, seed=args.seed, processes=processes
     )
@@ -180,16 +108,6 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
-def _preset_for(model: str, start: str) -> str:
-    """`--preset auto`: the first one for a model of that name."""
-    name = model if not is_own_file(model) else ""
-    return next(
-        preset
-        for (preset, begin), row in PRESETS.items()
-        if begin == start and any(fnmatch(name, pattern) for pattern in row.models)
-    )
-
-
 def _build(args: argparse.Namespace, recipe: ForecastRecipe, series: Series, start: str) -> nn.Module:
     """The model for the channels of the series, with its weights."""
     spec, _ = resolve_name(args.model)
@@ -205,7 +123,7 @@ def _build(args: argparse.Namespace, recipe: ForecastRecipe, series: Series, sta
     options |= {"prediction_length": args.horizon} if args.horizon else {}
     if recipe.drop_path:
         options["drop_path_rate"] = recipe.drop_path
-    freq = _freq(args, series)
+    freq = _freq(args, recipe, series)
     if freq and "freq" in known:
         options["freq"] = freq
     _check_given(args, given)
@@ -225,11 +143,11 @@ def _check_given(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         raise ValueError(f"--set {key}: use {twice[key]}")
 
 
-def _freq(args: argparse.Namespace, series: Series) -> str | None:
+def _freq(args: argparse.Namespace, recipe: ForecastRecipe, series: Series) -> str | None:
     """Key of the marks to make."""
     if args.freq and not series.dates:
         raise ValueError(f"--freq {args.freq} needs a column of dates, which --data {args.data} has not")
-    return args.freq or series.freq
+    return args.freq or (recipe.freq if series.dates else None) or series.freq
 
 
 def _open_own(args: argparse.Namespace, series: Series) -> nn.Module:
@@ -245,15 +163,27 @@ def _open_own(args: argparse.Namespace, series: Series) -> nn.Module:
     return net
 
 
-def _cut(args: argparse.Namespace, series: Series, net: nn.Module) -> ForecastData:
+def _cut(args: argparse.Namespace, recipe: ForecastRecipe, series: Series, net: nn.Module) -> ForecastData:
     """The series, split and scaled for the model; marks if it takes them."""
     splits = split_rows(series, args.split)
     check_lengths(splits, net.context_length, net.prediction_length)
     scaler = Scaler.fit(series.values[slice(*splits.train)])
     marked = {"past_time_features", "future_time_features"} & set(net.forward_inputs)
-    marks = time_marks(series.dates, _freq(args, series)) if marked and series.dates else None
+    marks = time_marks(series.dates, _freq(args, recipe, series)) if marked and series.dates else None
     values = scaler.scale(series.values)
     return ForecastData(series, splits, scaler, values, marks, net.context_length, net.prediction_length)
+
+
+def _try_out(net: nn.Module, task: Forecasting, data: ForecastData, model: str) -> None:
+    """One window through the model, so that what it refuses, or does instead, is known before a run begins."""
+    batch = data.windows(data.splits.train, lookback=False).__getitems__([0])
+    with torch.no_grad():
+        forecast = task.forecast(net.eval(), batch)
+    if forecast.shape != batch["future"].shape:
+        raise ValueError(
+            f"MODEL {model} makes {tuple(forecast.shape)} of one window, a forecast is {tuple(batch['future'].shape)}: "
+            "--task forecast needs a model that forecasts"
+        )
 
 
 def _lines(data: ForecastData, task: Forecasting) -> dict[str, str]:

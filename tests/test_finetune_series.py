@@ -29,6 +29,7 @@ from mixzoo.scripts._series_data import (
     split_rows,
     time_marks,
 )
+from mixzoo.scripts._series_presets import preset_for
 
 CHANNELS = 3
 # a folder that holds ETTh1.csv and ETTh2.csv
@@ -431,6 +432,43 @@ def test_bad_arguments_are_named_and_create_nothing(arguments, named, waves, tmp
         run(*(str(waves) if a == "WAVES" else a for a in arguments), output=tmp_path / "run")
     assert stop.value.code == 2
     assert named in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_seeds_are_told_of_together(waves, tmp_path, capsys):
+    command = ("--data", waves, *COMMON[:4], "--epochs", 1, "--repeat", 3, "--seed", 4)
+    assert run(*command, output=tmp_path) == 0
+    shown = capsys.readouterr().out.rpartition("3 runs on waves")[2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed4", "seed5", "seed6"]
+    values = []
+    for path in sorted(tmp_path.iterdir()):
+        assert run(*COMMON[:4], "--epochs", 1, "--data", waves, "--seed", path.name[-1], output=tmp_path / "one") == 0
+        line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("tiny_forecaster"))
+        values.append(float(line.split()[1]))
+        for file in (tmp_path / "one").iterdir():
+            file.unlink()
+    mean, deviation = (float(text) for text in shown.split("tiny_forecaster")[1].split()[0:3:2])
+    assert mean == pytest.approx(np.mean(values), abs=1e-4)
+    assert deviation == pytest.approx(np.std(values, ddof=1), abs=1e-4)
+
+
+def test_presets_follow_the_model():
+    assert preset_for("timemixer", "scratch") == "timemixer"
+    assert preset_for("timemixer_etth2_96_96", "scratch") == "timemixer-etth2"
+    assert preset_for("tiny_forecaster", "scratch") == "series"
+    assert preset_for("", "tuned") == "series"
+
+
+def test_models_that_do_not_forecast_are_refused(waves, tmp_path, capsys):
+    class Twice(TinyForecaster):
+        def forward(self, past_values, past_time_features=None):
+            return past_values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny_forecaster", ModelSpec("tiny_forecaster", Twice, {}, modality="series"))
+        with pytest.raises(SystemExit):
+            run("--data", waves, output=tmp_path / "run")
+    assert "(1, 24, 3) of one window, a forecast is (1, 8, 3)" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
