@@ -40,6 +40,6 @@ def table(rows: Mapping[tuple[str, str], Recipe]) -> str:
         values = f"{row.epochs} epochs, batch {row.batch_size}, {row.optimizer}, lr {row.lr:g}, {row.schedule}"
         values += f", layer decay {row.layer_decay:g}" if row.layer_decay < 1 else ""
         values += f", patience {row.patience}" if row.patience else ""
-        lines.append(f"  {name:<18}{start:<8} {values}")
-        lines += [f"{'':29}{line}" for line in row.evidence.splitlines()]
+        lines.append(f"  {name:<23}{start:<8} {values}")
+        lines += [f"{'':34}{line}" for line in row.evidence.splitlines()]
     return "\n".join(lines)
