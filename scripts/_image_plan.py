@@ -22,6 +22,7 @@ from ._plan import (
     Plan,
     describe_run,
     fill_recipe,
+    find_recipe,
     is_own_file,
     loop_settings,
     parse_options,
@@ -30,6 +31,7 @@ from ._plan import (
     start_of,
 )
 from ._presets import PRESETS, ImageRecipe, preset_for
+from ._training import Loaders
 
 # inputs up to this side shrink to nothing behind a stem of stride 4
 _SMALL_INPUT = 64
@@ -56,7 +58,7 @@ small images
 """
 
 
-def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
+def make_plan(args: argparse.Namespace, machine: tuple[int, str]) -> Plan:
     """Open the data, build the model and settle every value; writes nothing.
 
     Raises:
@@ -66,8 +68,7 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
     if args.stem == "small" and start == "tuned":
         raise ValueError("--stem small makes another first convolution than the one the weights have; leave it out")
     data = load_images(source, data_dir=args.data_dir, download=args.download)
-    preset = preset_for(source, data.size, data.channels) if args.preset == "auto" else args.preset
-    row = PRESETS[preset, start]
+    preset, row = find_recipe(args, PRESETS, preset_for(source, data.size, data.channels))
     recipe = fill_recipe(args, row, ("stem", "mixup", "cutmix", "smoothing"))
     if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
         raise ValueError(f"--batch-size {recipe.batch_size} must be even: --mixup and --cutmix pair images")
@@ -76,28 +77,12 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         raise ValueError(f"--num-classes {args.num_classes} is less than the {classes} classes of --data {source}")
     net = _build(args, recipe, data, start)
     net.class_names = data.class_names if net.num_classes == classes else None
-    pixels, loop = _pixels(net, data), loop_settings(args, recipe, row, processes)
-    task = Classification(net.num_classes, mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing)
-    loaders = make_loaders(
-        data,
-        pixels,
-        recipe.augmentation,
-        batch_size=recipe.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-        processes=processes,
-    )
-    described = describe_run(args, net, preset, recipe, loop) | {
-        "data": source,
-        "classes": data.class_names,
-        "pixels": asdict(pixels),
-        "processes": processes,
-        "precision": precision,
-    }
+    pixels, loop = _pixels(net, data), loop_settings(args, recipe, row, machine[0])
+    described = describe_run(args, net, preset, recipe, loop, machine)
     return Plan(
         net=net,
-        task=task,
-        loaders=loaders,
+        task=Classification(net.num_classes, mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing),
+        loaders=_loaders(args, data, pixels, recipe, machine[0]),
         loop=loop,
         folder=run_folder(args, data.name),
         preset=preset,
@@ -105,7 +90,19 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         lines=_lines(data, pixels),
         report=lambda outcome: _report(outcome, data, args.per_class),
         curves=(("loss", "loss"), ("top1", "top-1 accuracy / %")),
-        described=described,
+        described=described | {"data": source, "classes": data.class_names, "pixels": asdict(pixels)},
+    )
+
+
+def _loaders(args: argparse.Namespace, data: ImageData, pixels: Pixels, recipe: ImageRecipe, processes: int) -> Loaders:
+    return make_loaders(
+        data,
+        pixels,
+        recipe.augmentation,
+        batch_size=recipe.batch_size,
+        workers=args.workers,
+        seed=args.seed,
+        processes=processes,
     )
 
 

@@ -67,7 +67,7 @@ class Kind:
         modality: of the models it trains. inputs: what these take, in words.
         options: names of the arguments that it has and not every other task.
         presets: recipes by (name, start).
-        plan: ``(args, processes, precision) -> Plan``; raises ValueError or TypeError naming the argument.
+        plan: ``(args, (processes, precision)) -> Plan``; raises ValueError or TypeError naming the argument.
         help: its part of ``--help``.
         pool: what to tell of several runs together, those of `--repeat` and `--folds`, from plans and outcomes.
     """
@@ -76,7 +76,7 @@ class Kind:
     inputs: str
     options: frozenset[str]
     presets: Mapping[tuple[str, str], Recipe]
-    plan: Callable[[argparse.Namespace, int, str], Plan]
+    plan: Callable[[argparse.Namespace, tuple[int, str]], Plan]
     pool: Callable[[Sequence[Plan], Sequence[Outcome]], str]
     help: str = ""
 
@@ -175,9 +175,14 @@ def loop_settings(args: argparse.Namespace, recipe: Recipe, row: Recipe, process
 
 
 def describe_run(
-    args: argparse.Namespace, net: nn.Module, preset: str, recipe: Recipe, loop: LoopSettings
+    args: argparse.Namespace,
+    net: nn.Module,
+    preset: str,
+    recipe: Recipe,
+    loop: LoopSettings,
+    machine: tuple[int, str],
 ) -> dict[str, Any]:
-    """What decides the result, as far as it is the same for every task."""
+    """What decides the result, as far as it is the same for every task; ``machine``: processes and precision."""
     return {
         "model": args.model,
         "weights": args.checkpoint or bool(args.pretrained),
@@ -186,7 +191,15 @@ def describe_run(
         "options": dict(net.config["options"]),
         "recipe": {key: value for key, value in asdict(recipe).items() if key != "evidence"},
         "loop": asdict(loop),
+        "processes": machine[0],
+        "precision": machine[1],
     }
+
+
+def find_recipe(args: argparse.Namespace, presets: Mapping[tuple[str, str], R], auto: str) -> tuple[str, R]:
+    """Name and row of the preset: what was asked for, or ``auto``; for weights what it has, else as from scratch."""
+    preset = auto if args.preset == "auto" else args.preset
+    return preset, presets.get((preset, start_of(args))) or presets[preset, "scratch"]
 
 
 def run_folder(args: argparse.Namespace, data_name: str) -> RunFolder:

@@ -33,6 +33,7 @@ from ._plan import (
     Plan,
     describe_run,
     fill_recipe,
+    find_recipe,
     is_own_file,
     loop_settings,
     parse_options,
@@ -55,7 +56,7 @@ series (--task forecast)
 """
 
 
-def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
+def make_plan(args: argparse.Namespace, machine: tuple[int, str]) -> Plan:
     """Read the series, build the model and settle every value; writes nothing.
 
     Raises:
@@ -65,8 +66,7 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         raise ValueError("--task forecast needs --data FILE.csv")
     series = read_series(args.data, columns=_names(args.columns), date_column=args.date_column)
     start = start_of(args)
-    preset = args.preset if args.preset != "auto" else preset_for("" if is_own_file(args.model) else args.model, start)
-    row = PRESETS.get((preset, start)) or PRESETS[preset, "scratch"]
+    preset, row = find_recipe(args, PRESETS, preset_for("" if is_own_file(args.model) else args.model, start))
     recipe = fill_recipe(args, row, ("loss",))
     net = _open_own(args, series) if is_own_file(args.model) else _build(args, recipe, series, start)
     if args.freeze and (not hasattr(net, "get_classifier") or net.get_classifier() is None):
@@ -74,24 +74,12 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
     data = _cut(args, recipe, series, net)
     task = Forecasting(net.forward_inputs, loss=recipe.loss)
     _try_out(net, task, data, args.model)
-    loaders = make_loaders(
-        data, batch_size=recipe.batch_size, workers=args.workers, seed=args.seed, processes=processes
-    )
-    loop = loop_settings(args, recipe, row, processes)
-    described = describe_run(args, net, preset, recipe, loop) | {
-        "columns": list(series.columns),
-        "context_length": data.context,
-        "horizon": data.horizon,
-        "splits": {name: list(getattr(data.splits, name)) for name in ("train", "val", "test")},
-        "scaler": {"mean": data.scaler.mean.tolist(), "std": data.scaler.std.tolist()},
-        "marks": 0 if data.marks is None else data.marks.shape[1],
-        "processes": processes,
-        "precision": precision,
-    }
+    batches = {"batch_size": recipe.batch_size, "workers": args.workers, "seed": args.seed, "processes": machine[0]}
+    loop = loop_settings(args, recipe, row, machine[0])
     return Plan(
         net=net,
         task=task,
-        loaders=loaders,
+        loaders=make_loaders(data, **batches),
         loop=loop,
         folder=run_folder(args, f"{series.name}-{data.horizon}"),
         preset=preset,
@@ -99,9 +87,21 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         lines=_lines(data, task),
         report=lambda outcome: _report(outcome, data, args),
         curves=(("mse", "mean squared error"),),
-        described=described,
+        described=describe_run(args, net, preset, recipe, loop, machine) | _described(data),
         data=data,
     )
+
+
+def _described(data: ForecastData) -> dict[str, Any]:
+    """What a forecast needs to know besides the model, and what the result depends on."""
+    return {
+        "columns": list(data.series.columns),
+        "context_length": data.context,
+        "horizon": data.horizon,
+        "splits": {name: list(getattr(data.splits, name)) for name in ("train", "val", "test")},
+        "scaler": {"mean": data.scaler.mean.tolist(), "std": data.scaler.std.tolist()},
+        "marks": 0 if data.marks is None else data.marks.shape[1],
+    }
 
 
 def _names(text: str | None) -> list[str] | None:

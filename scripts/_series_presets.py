@@ -47,6 +47,7 @@ PRESETS: dict[tuple[str, str], ForecastRecipe] = {
         schedule="one-cycle",
         warmup=2.0,
         patience=3,
+        ema=0.995,
         options={"embed": None},
     ),
     # the published settings, named after the data they are for

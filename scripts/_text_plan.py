@@ -25,6 +25,7 @@ from ._plan import (
     Plan,
     describe_run,
     fill_recipe,
+    find_recipe,
     is_own_file,
     loop_settings,
     parse_options,
@@ -130,7 +131,7 @@ class Job:
     note: str
 
 
-def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
+def make_plan(args: argparse.Namespace, machine: tuple[int, str]) -> Plan:
     """Open the data, build the model and settle every value; writes nothing.
 
     Raises:
@@ -138,38 +139,20 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
     """
     _check(args)
     start = start_of(args)
-    preset = args.preset if args.preset != "auto" else _preset_for(args, start)
-    row = PRESETS.get((preset, start)) or PRESETS[preset, "scratch"]
+    preset, row = find_recipe(args, PRESETS, _preset_for(args, start))
     recipe = fill_recipe(args, row, ("metric", "smoothing", "pad"))
     generated = args.data in _listops.SIZES
     net, job, words = (_from_listops if generated else _from_files)(args, recipe, start)
     net.class_names = job.class_names if net.num_classes == len(job.class_names) else None
-    loop = loop_settings(args, recipe, row, processes)
-    loaders = make_loaders(
-        job.sequences,
-        job.val_name,
-        batch_size=recipe.batch_size,
-        workers=args.workers,
-        seed=args.seed,
-        processes=processes,
-    )
+    loop = loop_settings(args, recipe, row, machine[0])
+    batches = {"batch_size": recipe.batch_size, "workers": args.workers, "seed": args.seed, "processes": machine[0]}
     task = TextClassification(metric=recipe.metric, smoothing=recipe.smoothing)
     _try_out(net, task, job.sequences["train"])
-    described = describe_run(args, net, preset, recipe, loop) | {
-        "files": [args.val_data, args.test_data],
-        "columns": [args.text_column, args.label_column, args.group_by],
-        "classes": job.class_names,
-        "tokenizer": words,
-        "max_length": net.max_length,
-        "fold": [args.fold, args.folds],
-        "texts": {name: len(split) for name, split in job.sequences.items()},
-        "processes": processes,
-        "precision": precision,
-    }
+    described = describe_run(args, net, preset, recipe, loop, machine)
     return Plan(
         net=net,
         task=task,
-        loaders=loaders,
+        loaders=make_loaders(job.sequences, job.val_name, **batches),
         loop=loop,
         folder=run_folder(args, job.name),
         preset=preset,
@@ -177,9 +160,20 @@ def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
         lines=_lines(job, words, net),
         report=lambda outcome: _report(outcome, job, args),
         curves=(("loss", "loss"), ("accuracy", "accuracy / %")),
-        described=described,
+        described=described | {"tokenizer": words, "max_length": net.max_length} | _described(args, job),
         data=job,
     )
+
+
+def _described(args: argparse.Namespace, job: Job) -> dict[str, Any]:
+    """What the result depends on, of the data."""
+    return {
+        "files": [args.val_data, args.test_data],
+        "columns": [args.text_column, args.label_column, args.group_by],
+        "classes": job.class_names,
+        "fold": [args.fold, args.folds],
+        "texts": {name: len(split) for name, split in job.sequences.items()},
+    }
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -287,36 +281,47 @@ def _model(
     if classes < len(names):
         raise ValueError(f"--num-classes {classes} is less than the {len(names)} classes of --data {args.data}")
     if is_own_file(args.model):
-        net = mixzoo.load(args.model)
-        if args.max_length and args.max_length != net.max_length:
-            net.set_input_size(args.max_length)
-        if net.num_classes != classes or (net.class_names and net.class_names != list(names)):
-            net.reset_classifier(classes)
-        return _fits(net, words, args)
-    spec, _ = resolve_name(args.model)
-    known, given = skeleton_options(spec), parse_options(args.set)
+        return _fits(_open_own(args, classes, names), words, args)
     options: dict[str, Any] = {"drop_path_rate": recipe.drop_path} if recipe.drop_path else {}
+    row = resolve_name(args.model)[0].row
     if start == "scratch":
-        if recipe.sizes == "model" and spec.row.get("vocab_size", 0) >= words["vocab_size"]:
-            words = {key: value for key, value in words.items() if key != "vocab_size"}
-        if not spec.row.get("special_ids"):
-            words.pop("special_ids", None)
-        options |= {key: value for key, value in words.items() if key in known}
+        options |= _words_of(args, recipe, words)
     length = args.max_length
     if length is None and longest is not None:
-        published = spec.row.get("max_length", 0)
+        published = row.get("max_length", 0)
         length = longest if recipe.sizes == "fit" or longest > published else published
-    if length is not None:
-        options["max_length"] = length
+    options |= {"max_length": length} if length else {}
     net = mixzoo.create_model(
         args.model,
         pretrained=args.pretrained,
         checkpoint=args.checkpoint,
         token_mixer=parse_spec(args.token_mixer) if args.token_mixer else None,
         num_classes=classes,
-        **options | given,
+        **options | parse_options(args.set),
     )
     return _fits(net, words, args)
+
+
+def _words_of(args: argparse.Namespace, recipe: TextRecipe, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a new model for the words of a tokeniser, those that it has."""
+    spec, _ = resolve_name(args.model)
+    left = set()
+    if recipe.sizes == "model" and spec.row.get("vocab_size", 0) >= words["vocab_size"]:
+        left.add("vocab_size")
+    # a model that separates no segments has no use for the separators
+    if not spec.row.get("special_ids"):
+        left.add("special_ids")
+    return {key: value for key, value in words.items() if key in skeleton_options(spec) and key not in left}
+
+
+def _open_own(args: argparse.Namespace, classes: int, names: Sequence[str]) -> nn.Module:
+    """The model of a file of ours; a head for other classes than the data's is replaced."""
+    net = mixzoo.load(args.model)
+    if args.max_length and args.max_length != net.max_length:
+        net.set_input_size(args.max_length)
+    if net.num_classes != classes or (net.class_names and net.class_names != list(names)):
+        net.reset_classifier(classes)
+    return net
 
 
 def _fits(net: nn.Module, words: Mapping[str, Any], args: argparse.Namespace) -> nn.Module:

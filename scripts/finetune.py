@@ -270,7 +270,7 @@ def _prepare(
     set_seed(args.seed)
     # the first process downloads what the others then find
     with accelerator.main_process_first():
-        plan = kind.plan(args, accelerator.num_processes, accelerator.mixed_precision)
+        plan = kind.plan(args, (accelerator.num_processes, accelerator.mixed_precision))
     # of several runs those that were not begun start now
     resume = args.resume and (first or plan.folder.last.is_file())
     plan.folder.check(plan.described, resume=resume, overwrite=args.overwrite)
