@@ -19,6 +19,7 @@ from . import (  # noqa: F401 - registers them
     large_kernel_conv,
     mlp,
     nin_gating,
+    ponet,
     pooling,
     raft,
     random,

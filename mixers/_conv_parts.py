@@ -9,6 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._layers import Linear
+
 _CONVS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -34,7 +36,7 @@ class LinearNorm(nn.Module):
     def __init__(self, in_chans: int, out_chans: int, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc = nn.Linear(in_chans, out_chans, bias=False, **dd)
+        self.fc = Linear(in_chans, out_chans, bias=False, **dd)
         self.norm = nn.BatchNorm2d(out_chans, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,9 +101,9 @@ class SqueezeExcitation(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = max(16, dim // 8)
-        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.fc1 = Linear(dim, hidden, **dd)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.fc2 = Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean((1, 2), keepdim=True)  # (B, 1, 1, C)

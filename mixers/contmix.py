@@ -25,6 +25,7 @@ from timm.layers import register_notrace_module, trunc_normal_
 from torch import Tensor
 
 from ._conv_parts import LinearNorm, SqueezeExcitation
+from ._layers import Linear
 from ._neighborhood import neighborhood_apply, window_starts
 from ._registry import register_mixer
 from .large_kernel_conv import DilatedConv
@@ -106,7 +107,7 @@ class DynamicKernels(nn.Module):
         self.query = LinearNorm(query_dim, dim // 2, **dd)
         self.key = LinearNorm(context_dim, dim // 2, **dd)
         self.value = value
-        self.kernel_proj = nn.Linear(self.regions[0] * self.regions[1], sum(self.taps), **dd)
+        self.kernel_proj = Linear(self.regions[0] * self.regions[1], sum(self.taps), **dd)
         self.bias = nn.ModuleList(RelativeBias(heads, kernel, **dd) for kernel in kernels)
 
     def forward(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class GatedContextMixing(nn.Module):
         self.fuse = LinearNorm(dim, dim, **dd)
         self.se = SqueezeExcitation(dim, **dd)
         self.norm = nn.BatchNorm2d(dim, **dd)
-        self.proj = nn.Linear(dim, out_dim, **dd)
+        self.proj = Linear(dim, out_dim, **dd)
 
     def forward(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
         local = self.lepe_norm(self.lepe(value.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)

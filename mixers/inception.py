@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_parts import ResidualDepthwise
+from ._layers import Linear
 from ._registry import register_mixer
 
 
@@ -38,7 +39,7 @@ class LowFrequencyAttention(nn.Module):
         super().__init__()
         width = heads * head_dim
         self.heads, self.head_dim, self.pool, self.attn_drop = heads, head_dim, pool, attn_drop
-        self.qkv = nn.Linear(width, 3 * width, device=device, dtype=dtype)
+        self.qkv = Linear(width, 3 * width, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape
@@ -101,15 +102,15 @@ class Inception(nn.Module):
         half = (dim - low) // 2
         self.rank = rank
         self.widths = [half, half, low]
-        self.conv_fc = nn.Linear(half, 2 * half, bias=False, **dd)
+        self.conv_fc = Linear(half, 2 * half, bias=False, **dd)
         kernel, self.pad = ((1, 3), (0, 1)) if rank == 1 else ((3, 3), (1, 1))
         self.conv = nn.Conv2d(2 * half, 2 * half, kernel, padding=self.pad, groups=2 * half, bias=False, **dd)
-        self.pool_fc = nn.Linear(half, 2 * half, **dd)
+        self.pool_fc = Linear(half, 2 * half, **dd)
         self.kernel = kernel
         pool = (1, pool_size) if rank == 1 else (pool_size, pool_size)
         self.attention = LowFrequencyAttention(low_heads, head_dim, pool, attn_drop, **dd)
         self.fuse = ResidualDepthwise(4 * half + low, kernel=kernel, bias=False, **dd)
-        self.proj = nn.Linear(4 * half + low, dim, **dd)
+        self.proj = Linear(4 * half + low, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

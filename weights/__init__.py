@@ -3,7 +3,7 @@
 One file per family registers its releases and its layouts; `_rules` is the engine that reads them in both directions.
 """
 
-from . import affnet, gfnet, metaformer_baselines, mlp_mixer, ninformer, poolformer, raftmlp, svt
+from . import affnet, fnet, gfnet, metaformer_baselines, mlp_mixer, ninformer, ponet, poolformer, raftmlp, svt
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
 from ._load import LoadReport, load_checkpoint, load_pretrained
@@ -21,6 +21,7 @@ __all__ = [
     "export",
     "fetch",
     "find_release",
+    "fnet",
     "gfnet",
     "load",
     "load_checkpoint",
@@ -28,6 +29,7 @@ __all__ = [
     "metaformer_baselines",
     "mlp_mixer",
     "ninformer",
+    "ponet",
     "poolformer",
     "raftmlp",
     "save",
