@@ -4,6 +4,7 @@ from . import (  # noqa: F401 - registers them
     affnet,
     fnet,
     gfnet,
+    inception_transformer,
     lra,
     metaformer_baselines,
     mlp_mixer,
