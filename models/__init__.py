@@ -14,6 +14,7 @@ from . import (  # noqa: F401 - registers them
     raftmlp,
     seqformer,
     svt,
+    timemixer,
 )
 from ._inputs import example_inputs
 from ._registry import create_model, list_models

@@ -133,7 +133,8 @@ class Rule:
         transform: a `Transform` or the name of one in `TRANSFORMS`.
         unless: read from ours to theirs, the rule is skipped where this key of ours exists; placeholders have the
             values of the rule's own. For layouts that store the same parameter in two ways.
-        why: reason for leaving a dead key out.
+        why: reason for leaving a dead key out; with ``ours``, the reason why a model may do without these parameters,
+            whose tensor is then left out.
     """
 
     theirs: str
@@ -209,12 +210,14 @@ class Converted:
         dead: their keys that a rule leaves out, with the tensors, so that they can be put back.
         reasons: why each of these was left out.
         unknown: their keys that no rule knows.
+        optional: our keys that a model may do without, and why.
     """
 
     tensors: dict[str, Tensor]
     dead: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    optional: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +234,7 @@ class Layout:
         bridge: its keys are ours too, of another form of the model (a classifier's for a dense-prediction form).
         constants: from a state dict of theirs, the tensors that it holds by construction, whatever the weights: dead
             keys, which must have these values in a source and which `export` writes.
+        rebuild: makes dead tensors that the authors' code asks for, from its other tensors, when weights are exported.
     """
 
     name: str
@@ -241,6 +245,7 @@ class Layout:
     activation: str | None = None
     bridge: bool = False
     constants: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    rebuild: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
     @cached_property
     def table(self) -> list[Rule]:
@@ -269,7 +274,7 @@ class Layout:
         Raises:
             CheckpointError: a constant of this layout has another value.
         """
-        tensors, dead, reasons, unknown = {}, {}, {}, []
+        tensors, dead, reasons, unknown, optional = {}, {}, {}, [], {}
         for key, tensor in state.items():
             found = self.find(key)
             if found is None:
@@ -280,8 +285,9 @@ class Layout:
                 dead[key], reasons[key] = tensor, rule.why
                 continue
             tensors.update(zip(names, rule.load(tensor), strict=True))
+            optional.update(dict.fromkeys(names, rule.why) if rule.why else {})
         self._check_constants(state)
-        return Converted(tensors, dead, reasons, tuple(unknown))
+        return Converted(tensors, dead, reasons, tuple(unknown), optional)
 
     def _check_constants(self, state: Mapping[str, Tensor]) -> None:
         for key, want in self.constants(state).items() if self.constants else ():
@@ -315,7 +321,8 @@ class Layout:
                 raise CheckpointError(f"layout {self.name!r} stores {', '.join(names)} together, without {absent[0]}")
             theirs[rule.source.fill(values)] = rule.via.save(*(state[name] for name in names)).contiguous()
             done.update(names)
-        return {**theirs, **(self.constants(theirs) if self.constants else {}), **(dead or {})}
+        made = {**(self.rebuild(theirs) if self.rebuild else {}), **theirs}
+        return {**made, **(self.constants(theirs) if self.constants else {}), **(dead or {})}
 
     def _find_ours(self, key: str, state: Mapping[str, Tensor]) -> tuple[Rule, Values] | None:
         for rule in self.table:
