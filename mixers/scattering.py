@@ -54,7 +54,8 @@ class _Interleave(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad[..., 0::2], grad[..., 1::2]
+        # products of the wavelet transform want their channels side by side
+        return grad[..., 0::2], grad[..., 1::2].contiguous()
 
 
 def interleave(a: Tensor, b: Tensor) -> Tensor:
