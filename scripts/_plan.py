@@ -202,6 +202,14 @@ def find_recipe(args: argparse.Namespace, presets: Mapping[tuple[str, str], R], 
     return preset, presets.get((preset, start_of(args))) or presets[preset, "scratch"]
 
 
+def check_parts(args: argparse.Namespace, net: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError for what needs parts that the model does not name: a head, groups of layers."""
+    if args.freeze and (not hasattr(net, "get_classifier") or net.get_classifier() is None):
+        raise ValueError(f"--freeze: {args.model} has no head to train alone")
+    if recipe.layer_decay < 1 and not hasattr(net, "group_matcher"):
+        raise ValueError(f"--layer-decay: {args.model} does not say which layers are above which")
+
+
 def run_folder(args: argparse.Namespace, data_name: str) -> RunFolder:
     """The folder of the run: what was asked for, or runs/MODEL-DATA; one of several runs has a folder in there."""
     name = Path(args.model).stem if is_own_file(args.model) else args.model

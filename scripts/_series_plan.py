@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from ._plan import (
     Kind,
     Outcome,
     Plan,
+    check_parts,
     describe_run,
     fill_recipe,
     find_recipe,
@@ -69,8 +69,7 @@ def make_plan(args: argparse.Namespace, machine: tuple[int, str]) -> Plan:
     preset, row = find_recipe(args, PRESETS, preset_for("" if is_own_file(args.model) else args.model, start))
     recipe = fill_recipe(args, row, ("loss",))
     net = _open_own(args, series) if is_own_file(args.model) else _build(args, recipe, series, start)
-    if args.freeze and (not hasattr(net, "get_classifier") or net.get_classifier() is None):
-        raise ValueError(f"--freeze: {args.model} has no separate head to train alone")
+    check_parts(args, net, recipe)
     data = _cut(args, recipe, series, net)
     task = Forecasting(net.forward_inputs, loss=recipe.loss)
     _try_out(net, task, data, args.model)
@@ -207,7 +206,7 @@ def _report(outcome: Outcome, data: ForecastData, args: argparse.Namespace) -> s
     trainer, task = outcome.trainer, outcome.trainer.task
     result, anchors = task.summarize(outcome.measured), anchors_of(data)
     scores = scores_of(data, anchors)
-    name = Path(args.model).stem if is_own_file(args.model) else args.model
+    name = trainer.net.config["model"]
     lines = [
         f"test errors of {trainer.folder.best} on {len(outcome.measured['mse'])} windows of {data.horizon} steps, "
         f"scaled (epoch {trainer.best[1]}, the best one on val):",
@@ -229,7 +228,9 @@ def _pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
     """Mean and standard deviation of the runs beside the anchors, which have none."""
     data = plans[0].data
     values = [plan.task.summarize(outcome.measured) for plan, outcome in zip(plans, outcomes, strict=True)]
-    rows = [{"name": plans[0].described["model"], **{name: spread([v[name] for v in values], 4) for name in values[0]}}]
+    rows = [
+        {"name": plans[0].net.config["model"], **{name: spread([v[name] for v in values], 4) for name in values[0]}}
+    ]
     for title, scores in scores_of(data, anchors_of(data)).items():
         rows.append({"name": title, **{name: f"{value:.4f}" for name, value in scores.items()}})
     columns = [Column("name", "forecast", left=True), Column("mse", "MSE"), Column("mae", "MAE")]

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from ._plan import (
     Kind,
     Outcome,
     Plan,
+    check_parts,
     describe_run,
     fill_recipe,
     find_recipe,
@@ -143,6 +143,7 @@ def make_plan(args: argparse.Namespace, machine: tuple[int, str]) -> Plan:
     recipe = fill_recipe(args, row, ("metric", "smoothing", "pad"))
     generated = args.data in _listops.SIZES
     net, job, words = (_from_listops if generated else _from_files)(args, recipe, start)
+    check_parts(args, net, recipe)
     net.class_names = job.class_names if net.num_classes == len(job.class_names) else None
     loop = loop_settings(args, recipe, row, machine[0])
     batches = {"batch_size": recipe.batch_size, "workers": args.workers, "seed": args.seed, "processes": machine[0]}
@@ -372,10 +373,9 @@ def _report(outcome: Outcome, job: Job, args: argparse.Namespace) -> str:
     chosen = f"epoch {trainer.best[1]}, the best one on {job.val_name}"
     if "test" not in job.sequences:
         chosen += ", the same texts"
-    model = Path(args.model).stem if is_own_file(args.model) else args.model
     lines = [
         f"{name} scores of {trainer.folder.best} on {len(outcome.measured['label'])} texts ({chosen}):",
-        result_table(model, task.summarize(outcome.measured), job.baselines().scores()),
+        result_table(trainer.net.config["model"], task.summarize(outcome.measured), job.baselines().scores()),
     ]
     if args.per_class or len(job.class_names) == 2:
         lines.append(class_table(outcome.measured, job.class_names))

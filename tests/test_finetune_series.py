@@ -422,6 +422,7 @@ BAD = [
     (("--data", "WAVES", "--task", "text"), "takes series, not text"),
     (("--data", "WAVES", "--set", "prediction_length=3"), "use --horizon"),
     (("--data", "WAVES", "--set", "no_such=3"), "no_such"),
+    (("--data", "WAVES", "--layer-decay", "0.5"), "--layer-decay"),
 ]
 
 
