@@ -9,7 +9,7 @@ from .mixers import (
     neighborhood_apply,
     register_mixer,
 )
-from .models import MetaFormer, MetaFormerBlock, ResidualBranch, complexity, create_model, list_models
+from .models import MetaFormer, MetaFormerBlock, ResidualBranch, complexity, create_model, list_models, reparameterize
 from .models.timm_bridge import register_all
 from .weights import load, load_checkpoint, save
 
@@ -34,5 +34,6 @@ __all__ = [
     "nchw",
     "neighborhood_apply",
     "register_mixer",
+    "reparameterize",
     "save",
 ]

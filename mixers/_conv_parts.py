@@ -33,6 +33,8 @@ def batch_norm(rank: int, dim: int, *, device=None, dtype=None) -> nn.Module:
 class LinearNorm(nn.Module):
     """Linear layer without bias and batch norm, a 1x1 convolution: ``(B, H, W, C) -> (B, H, W, C')``."""
 
+    folds = (("fc", "norm"),)
+
     def __init__(self, in_chans: int, out_chans: int, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}

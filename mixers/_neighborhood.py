@@ -2,9 +2,9 @@
 
     y[i, j] = sum_{a, b} w[i, j, a k + b] v[s(i) + a, s(j) + b],    s(i) = clamp(i - k // 2, 0, L - k)
 
-Windows are shifted inward at the borders (arXiv:2204.07143), so every position has k^2 real neighbours and no padding is
-seen. The sum is a product with a banded matrix. The grid is cut into tiles; the windows of a tile's positions lie in a
-box of keys, one size for all tiles, and the tile's weights are written into a dense block over that box, of zeros
+Windows are shifted inward at the borders (arXiv:2204.07143), so every position has k^2 real neighbours and no padding
+is seen. The sum is a product with a banded matrix. The grid is cut into tiles; the windows of a tile's positions lie in
+a box of keys, one size for all tiles, and the tile's weights are written into a dense block over that box, of zeros
 elsewhere: the sum becomes one matrix product a tile. Small grids are one tile. Blocks are made for some heads at a time
 and are not kept for the backward pass, which makes them again.
 """
@@ -57,7 +57,7 @@ class Tiling(NamedTuple):
 
 
 def _axis(length: int, window: int, device: torch.device | None) -> tuple[int, int, int, list[Tensor]]:
-    """Tiles, tile and box of an axis; of each position its tile, place in it and window's place in the box; box starts."""
+    """Tiles, tile and box of an axis; the tile of each position, its place and its window's place in it; box starts."""
     cut = length > _LONGEST and length > _WASTE * window
     tile = _TILE if cut else length
     box = min(length, tile + window - 1)

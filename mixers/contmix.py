@@ -10,8 +10,8 @@ Paper: arXiv:2502.20087 (OverLoCK). Checked against LMMMEng/OverLoCK at 2c8ab3b.
 The affinities to the regions are never written down: with M = k^T Wp^T the logits are q M, and M has C/(2G) rows. s is
 (C/G)^-1/2, though a head has half as many channels; the authors' weights expect it. The softmax is taken in float32.
 
-Without a context of its own, ctx is x: the mixer's kernels are then made of the feature they are applied to, pooled, as in
-the authors' stand-alone block. In a sequence windows, regions and kernels have one axis.
+Without a context of its own, ctx is x: the mixer's kernels are then made of the feature they are applied to, pooled, as
+in the authors' stand-alone block. In a sequence windows, regions and kernels have one axis.
 """
 
 from __future__ import annotations
@@ -156,6 +156,8 @@ class GatedContextMixing(nn.Module):
 
     Shapes: ``(B, H, W, Cq), (B, H', W', Cc), (B, H, W, C) -> (B, H, W, out_dim)``
     """
+
+    folds = (("lepe.conv", "lepe_norm"),)
 
     def __init__(
         self,

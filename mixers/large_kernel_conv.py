@@ -4,8 +4,8 @@ Papers: arXiv:2311.15599 (UniRepLKNet), arXiv:2502.20087 (OverLoCK). Checked aga
 
     y = BN(w * x) + sum_i BN_i(w_i *_{r_i} x)        x, y: (B, *grid, C); w: K^rank taps, w_i: k_i^rank taps r_i apart
 
-Convolutions are linear and, with running statistics, so is the batch norm: the sum is one convolution with a bias. It is
-computed as one in eval mode; `mixzoo.reparameterize` makes it one for good. In training the branches differ by their
+Convolutions are linear and, with running statistics, so is the batch norm: the sum is one convolution with a bias. It
+is computed as one in eval mode; `mixzoo.reparameterize` makes it one for good. In training the branches differ by their
 batch statistics and run one by one.
 """
 

@@ -9,6 +9,7 @@ from . import (  # noqa: F401 - registers them
     metaformer_baselines,
     mlp_mixer,
     ninformer,
+    overlock,
     ponet,
     poolformer,
     raftmlp,
@@ -22,6 +23,7 @@ from .block import MetaFormerBlock, ResidualBranch
 from .complexity import Complexity, complexity
 from .isotropic import IsotropicMetaFormer
 from .metaformer import MetaFormer
+from .reparameterize import reparameterize
 from .text_encoder import TextEncoder
 
 __all__ = [
@@ -35,4 +37,5 @@ __all__ = [
     "create_model",
     "example_inputs",
     "list_models",
+    "reparameterize",
 ]

@@ -154,8 +154,15 @@ def check_image(x: Tensor, model: ImageBackbone) -> None:
     model.check_input_size(tuple(x.shape[2:]))
 
 
+def map_of(x: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The map of a stage's result, which may hand more than it to the next stage."""
+    return x[0] if isinstance(x, tuple) else x
+
+
 class ImageBackbone(nn.Module):
     """Abstract image model: ``stem``, ``stages`` (each ``(B, C, H, W)`` to ``(B, C', H', W')``), ``norm`` and ``head``.
+
+    A stage may give a tuple that begins with its map; the next one takes it whole.
 
     A skeleton sets them, `feature_info`, and the attributes below in its constructor, and says which input sizes it
     takes. Everything timm asks of a model follows. The last norm is ``norm``, on the NCHW map and part of
@@ -224,7 +231,7 @@ class ImageBackbone(nn.Module):
         """Images ``(B, in_chans, H, W)`` to the last map ``(B, num_features, H', W')``, before the head."""
         if not torch.jit.is_scripting():
             check_image(x, self)
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(map_of(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Last map to logits, or to the classifier's input ``(B, head_hidden_size)``."""
@@ -266,10 +273,10 @@ class ImageBackbone(nn.Module):
             x = stage(x)
             if i in take:
                 last_norm = norm and i == len(self.stages) - 1
-                y = (self.norm(x) if last_norm else x).permute(0, 2, 3, 1)
+                y = (self.norm(map_of(x)) if last_norm else map_of(x)).permute(0, 2, 3, 1)
                 y = self.head.norm(y) if last_norm else y
                 maps.append(y if output_fmt == "NHWC" else y.permute(0, 3, 1, 2))
-        return maps if intermediates_only else (self.norm(x), maps)
+        return maps if intermediates_only else (self.norm(map_of(x)), maps)
 
     @torch.jit.ignore
     def prune_intermediate_layers(

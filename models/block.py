@@ -33,6 +33,7 @@ class ResidualBranch(nn.Module):
         dim: channels C of the scales; needed only with a scale.
         layer_scale: initial value of l, or None for none (0 is a value).
         res_scale: initial value of r, or None for none.
+        res_bias: add a learned vector to the scaled skip too, which begins at zero.
         drop_path: probability of dropping the branch for a sample in training (arXiv:1603.09382).
         post_norm: put the norm after the addition.
         drop: dropout of the result of ``op``.
@@ -48,6 +49,7 @@ class ResidualBranch(nn.Module):
         dim: int | None = None,
         layer_scale: float | None = None,
         res_scale: float | None = None,
+        res_bias: bool = False,
         drop_path: float = 0.0,
         post_norm: bool = False,
         drop: float = 0.0,
@@ -55,8 +57,8 @@ class ResidualBranch(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        if dim is None and (layer_scale is not None or res_scale is not None):
-            raise ValueError("a residual branch with layer_scale or res_scale needs dim, the channels of the scale")
+        if dim is None and (layer_scale is not None or res_scale is not None or res_bias):
+            raise ValueError("a residual branch with layer_scale, res_scale or res_bias needs dim, their channels")
 
         def scale(value: float | None) -> nn.Parameter | None:
             return None if value is None else nn.Parameter(torch.full((dim,), value, device=device, dtype=dtype))
@@ -65,6 +67,7 @@ class ResidualBranch(nn.Module):
         self.op = op
         self.layer_scale = scale(layer_scale)
         self.res_scale = scale(res_scale)
+        self.res_bias = scale(0.0 if res_bias else None)
         self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.post_norm = post_norm
@@ -76,6 +79,8 @@ class ResidualBranch(nn.Module):
         else:
             y = self.op(y) if extras is None else self.op(y, **extras)
         y = self.drop_path(self.drop(y))
+        if self.res_bias is not None:
+            y = y + self.res_bias
         # one fused multiply-add where there is one scale
         if self.res_scale is not None:
             y = torch.addcmul(y if self.layer_scale is None else y * self.layer_scale, x, self.res_scale)

@@ -32,6 +32,8 @@ from .metaformer import MetaFormerStage
 class InceptionStem(nn.Module):
     """Two convolutions of stride 2 with batch norms: ``(B, in_chans, H, W) -> (B, C, H / 4, W / 4)``, rounded up."""
 
+    folds = (("conv1", "norm1"), ("conv2", "norm2"))
+
     def __init__(self, in_chans: int, dim: int, *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
@@ -60,6 +62,8 @@ class PositionedEntry(nn.Module):
 
     Shapes: ``(B, C, H, W) -> (B, C', H / 2, W / 2)``, rounded up, or the same size at the first stage.
     """
+
+    folds = (("conv", "norm"),)
 
     def __init__(self, in_chans: int | None, dim: int, grid: Sequence[int], *, device=None, dtype=None):
         super().__init__()
@@ -173,7 +177,9 @@ class InceptionTransformer(ImageBackbone):
 
 def _heads(pool: int, *heads: tuple[int, int]) -> list[tuple[str, dict]]:
     """Mixers of a stage from pairs (heads of the low path, blocks)."""
-    return [("inception", {"low_heads": n, "head_dim": 32, "pool_size": pool}) for n, times in heads for _ in range(times)]
+    return [
+        ("inception", {"low_heads": n, "head_dim": 32, "pool_size": pool}) for n, times in heads for _ in range(times)
+    ]
 
 
 _COMMON = {"pos_size": 224, "layer_scale": (None, None, 1e-6, 1e-6), "channel_mixer": "mlp"}

@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--in-chans", type=int, help="input channels (default: the source's)")
     parser.add_argument("--img-size", type=int, nargs="+", metavar="PX", help="side, or height and width, in pixels")
     parser.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes, one a line")
+    parser.add_argument(
+        "--reparameterize", action="store_true", help="fold branches and batch norms; with --to branches alone"
+    )
     parser.add_argument("--to", metavar="LAYOUT", help="write another layout, without description; see --list-layouts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument("--list-layouts", action="store_true", help="show the known layouts and exit")
@@ -107,6 +110,8 @@ def convert(args: argparse.Namespace) -> None:
     model = _model(args)
     if args.class_names:
         model.class_names = _class_names(args.class_names, model.num_classes)
+    if args.reparameterize:
+        mixzoo.reparameterize(model, inplace=True, norms=not args.to)
     if args.to:
         state = weights.export(model.state_dict(), args.to)
         if args.out.suffix == ".safetensors":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -30,9 +31,13 @@ SMALL = {
     "max_length": 40,
     "vocab_size": 160,
     "drop_rate": 0.0,
+    "focus_depths": (1, 2),
+    "focus_heads": (2, 2),
     "weight_size": 64,
     "proj_drop_rate": 0.0,
 }
+# and of the options of its mixers
+SMALL_OPTIONS = {"low_heads": 1, "head_dim": 8}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -64,9 +69,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shrink(name: str) -> dict:
     row = MODELS[name].row
-    return {
+    small = {
         k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row
     }
+    if isinstance(row.get("token_mixer"), list):
+        small["token_mixer"] = [_small_mixer(entry) for entry in row["token_mixer"]]
+    return small
+
+
+def _small_mixer(entry: Any) -> Any:
+    """A mixer, or the first one of a list with one per block, with small options."""
+    if isinstance(entry, list):
+        return _small_mixer(entry[0])
+    if isinstance(entry, str):
+        return entry
+    name, options = entry
+    return name, {key: SMALL_OPTIONS.get(key, value) for key, value in options.items()}
 
 
 @pytest.fixture(scope="session")

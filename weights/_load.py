@@ -146,7 +146,14 @@ def plan_load(model: nn.Module, contents: Contents, strict: bool) -> tuple[LoadR
     """Convert, adapt and account; raises if anything does not fit."""
     _check_devices(model, contents)
     layout, unknown, plan = _translate(model, contents)
-    saved = json.loads(contents.metadata.get("config", "{}")).get("options", {}) if layout is OWN else {}
+    config = json.loads(contents.metadata.get("config", "{}")) if layout is OWN else {}
+    folded, ours = config.get("reparameterized"), getattr(model, "config", {}).get("reparameterized")
+    if config and folded != ours:
+        raise CheckpointError(
+            f"{contents.name}: holds a model that is {'' if folded else 'not '}reparameterized, the model it is loaded "
+            f"into is {'' if ours else 'not'}; use mixzoo.load, which rebuilds the model that a file belongs to"
+        )
+    saved = config.get("options", {})
     _adapt.fit_grid(model, plan, json.loads(contents.metadata.get("grids", "{}")))
     _adapt.fit_input(model, plan)
     _adapt.fit_ties(model, plan)

@@ -60,8 +60,6 @@ def load(path: str | os.PathLike) -> nn.Module:
     Raises:
         CheckpointError: the file has no description of a model.
     """
-    from ..models import create_model
-
     contents = read(path)
     if contents.metadata.get("format") != FORMAT:
         raise CheckpointError(
@@ -73,7 +71,7 @@ def load(path: str | os.PathLike) -> nn.Module:
         raise CheckpointError(f"{path}: has format version {version}, this mixzoo reads {FORMAT_VERSION}; update it")
     config = json.loads(contents.metadata["config"])
     try:
-        model = create_model(config["model"], **config["options"])
+        model = _rebuilt(config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: describes a model that cannot be built here: {error}") from error
     kinds = {tensor.dtype for tensor in contents.tensors.values() if tensor.is_floating_point()}
@@ -97,20 +95,29 @@ def _config(model: nn.Module) -> dict[str, Any]:
     for option in _PRESENT.keys() & inspect.signature(type(model)).parameters.keys():
         with contextlib.suppress(AttributeError):
             options[option] = operator.attrgetter(_PRESENT[option])(model)
-    return {"model": config["model"], "options": options}
+    folded = {key: config[key] for key in ("reparameterized",) if key in config}
+    return {"model": config["model"], "options": options, **folded}
+
+
+def _rebuilt(config: Mapping[str, Any], **options: Any) -> nn.Module:
+    """The model of a configuration, with fresh weights, in the form that its keys belong to."""
+    from ..models import create_model, reparameterize
+
+    model = create_model(config["model"], **config["options"], **options)
+    if "reparameterized" in config:
+        reparameterize(model, inplace=True, norms=config["reparameterized"] == "norms")
+    return model
 
 
 def _metadata(model: nn.Module) -> dict[str, str]:
     """Header of the file; raises if `load` could not rebuild the model from it."""
-    from ..models import create_model
-
     config = _config(model)
     try:
         text = json.dumps(config)
     except TypeError as error:
         raise TypeError(f"an option of {config['model']} cannot be written to a file: {error}") from None
     config = json.loads(text)
-    twin = create_model(config["model"], **config["options"], device="meta").state_dict()
+    twin = _rebuilt(config, device="meta").state_dict()
     other = [key for key, t in model.state_dict().items() if key not in twin or twin.pop(key).shape != t.shape]
     if other or twin:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Releases and key layout of iFormer (sail-sg/iFormer at 725d8e7, arXiv:2205.12956).
 
-The code is under Apache-2.0; no licence is stated for the weights. The files for 384 pixels hold position grids for 224.
+The code is under Apache-2.0; no licence is stated for the weights. Files for 384 pixels hold position grids for 224.
 """
 
 from __future__ import annotations
