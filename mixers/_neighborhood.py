@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _neighborhood_triton as _triton
 from ._counting import Values, count, numel, shape
@@ -128,7 +129,7 @@ def _chunks(heads: int, tiling: Tiling, like: Tensor) -> tuple[list[slice], Tens
     """Slices of heads whose dense blocks are made at once, and the buffer for them."""
     block = tiling.tiles * tiling.queries * tiling.keys
     limit = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES["cuda"])
-    n = min(heads, max(1, limit // (block * like.element_size())))
+    n = max(1, min(heads, limit // (block * like.element_size())))
     buffer = None if tiling.place is None else like.new_zeros(n, block)
     return [slice(i, min(i + n, heads)) for i in range(0, heads, n)], buffer
 
@@ -212,6 +213,17 @@ _operator.register_autograd(_differentiate, setup_context=_keep)
 def _count(inputs: Values, outputs: Values) -> int:
     """One multiply-add for every weight and channel, however it is computed."""
     return numel(inputs[0]) * shape(inputs[1])[-1]
+
+
+@register_flop_formula(torch.ops.mixzoo.neighborhood_apply)
+def _flops(weights: Sequence[int], values: Sequence[int], *args, **kwargs) -> int:
+    """For torch's own counter, in which a multiply-add is two."""
+    return 2 * math.prod(weights) * values[-1]
+
+
+@register_flop_formula(torch.ops.mixzoo.neighborhood_apply_backward)
+def _backward_flops(grad: Sequence[int], weights: Sequence[int], values: Sequence[int], *args, **kwargs) -> int:
+    return 2 * _flops(weights, values)
 
 
 def _apply_composed(weights: Tensor, values: Tensor, window: tuple[int, int]) -> Tensor:

@@ -123,9 +123,9 @@ class DynamicKernels(nn.Module):
 
     def _mix(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
         (B, h, w, C), G = value.shape, self.heads
-        q = (self.query(query) * self.scale).reshape(B, h * w, G, -1).permute(0, 2, 1, 3)  # (B, G, N, D)
+        q = (self.query(query) * self.scale).reshape(B, h * w, G, C // (2 * G)).permute(0, 2, 1, 3)  # (B, G, N, D)
         pooled = F.adaptive_avg_pool2d(context.permute(0, 3, 1, 2), self.regions).permute(0, 2, 3, 1)
-        k = self.key(pooled).flatten(1, 2).unflatten(-1, (G, -1)).permute(0, 2, 3, 1)  # (B, G, D, 49)
+        k = self.key(pooled).flatten(1, 2).unflatten(-1, (G, C // (2 * G))).permute(0, 2, 3, 1)  # (B, G, D, 49)
         v = value.reshape(B, h, w, 2, G, C // (2 * G)).permute(3, 0, 4, 1, 2, 5)  # (2, B, G, H, W, D)
         weights, biases = (p.split(self.taps) for p in (self.kernel_proj.weight, self.kernel_proj.bias))
         mixed = []

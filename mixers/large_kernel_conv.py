@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor
 
 from ._conv_parts import batch_norm, conv_class, convolve
@@ -69,6 +70,7 @@ class DilatedBranch(nn.Module):
         return self.norm(self.conv(x))
 
 
+@register_notrace_module
 class DilatedConv(nn.Module):
     """A large depthwise kernel and its dilated branches, see the module's docstring.
 

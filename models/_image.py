@@ -291,6 +291,8 @@ class ImageBackbone(nn.Module):
         if prune_norm or shortened:
             self.norm = nn.Identity()
             self.head.remove_norm()
+            # a head may have another width behind its norm
+            self.head_hidden_size = self.head.dim = self.num_features
         if prune_head or shortened:
             self.reset_classifier(0, "")
         return take

@@ -298,6 +298,7 @@ class OverviewStage(nn.Module):
         self.overview = overview
         self.context_proj = context_proj
         self.focus = nn.ModuleList(focus)
+        self.map = nn.Identity()  # where feature extractors find the map by itself
 
     @property
     def grad_checkpointing(self) -> bool:
@@ -316,7 +317,7 @@ class OverviewStage(nn.Module):
         spread = F.interpolate(context, size=size, mode="bilinear", align_corners=False).permute(0, 2, 3, 1)
         x = torch.cat([x.permute(0, 2, 3, 1), spread], -1)  # (B, H', W', C3 + Cc)
         x = _run_focus(self.focus, x, spread, self.grad_checkpointing)
-        return x.permute(0, 3, 1, 2), context, seen
+        return self.map(x.permute(0, 3, 1, 2)), context, seen
 
 
 class FocusStage(nn.Module):
@@ -330,6 +331,7 @@ class FocusStage(nn.Module):
         self.downsample = downsample
         self.context_down = context_down
         self.focus = nn.ModuleList(focus)
+        self.map = nn.Identity()
         self.grad_checkpointing = False
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -337,7 +339,7 @@ class FocusStage(nn.Module):
         x, context = x.split(self.widths, 1)
         x = torch.cat([self.downsample(x), self.context_down(context)], 1).permute(0, 2, 3, 1)
         x = _run_focus(self.focus, x, context0.permute(0, 2, 3, 1), self.grad_checkpointing)
-        return x.permute(0, 3, 1, 2), seen
+        return self.map(x.permute(0, 3, 1, 2)), seen
 
 
 class ProjectedHead(nn.Module):
@@ -511,7 +513,8 @@ class OverLoCK(ImageBackbone):
         self.stages = nn.Sequential(first, second, middle, last)
         widths = (dims[0], dims[1], dims[2] + context, dims[3] + context)
         self.feature_info = [
-            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, width in enumerate(widths)
+            {"num_chs": width, "reduction": 4 * 2**i, "module": f"stages.{i}" + (".map" if i > 1 else "")}
+            for i, width in enumerate(widths)
         ]
         self._aux_dim = dims[3] if aux_head else None
         self.apply(_init)

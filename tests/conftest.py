@@ -12,7 +12,7 @@ A test that takes one of these arguments runs once for each of its values:
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -40,11 +40,27 @@ SMALL = {
 SMALL_OPTIONS = {"low_heads": 1, "head_dim": 8}
 
 
+def _small_mixers(row: Mapping[str, Any]) -> dict[str, Any]:
+    mixers = row.get("token_mixer")
+    return {"token_mixer": [_small_mixer(entry) for entry in mixers]} if isinstance(mixers, list) else {}
+
+
+def _small_mixer(entry: Any) -> Any:
+    """A mixer, or the first one of a list with one per block, with small options."""
+    if isinstance(entry, list):
+        return _small_mixer(entry[0])
+    if isinstance(entry, str):
+        return entry
+    name, options = entry
+    return name, {key: SMALL_OPTIONS.get(key, value) for key, value in options.items()}
+
+
 def _kinds(names: Sequence[str]) -> list[str]:
     first: dict[tuple, str] = {}
     for name in names:
         spec = MODELS[name]
-        row = [(k, "number" if type(v) in (int, float) else repr(v)) for k, v in spec.row.items() if k not in SMALL]
+        row = {k: v for k, v in spec.row.items() if k not in SMALL} | _small_mixers(spec.row)
+        row = [(k, "number" if type(v) in (int, float) else repr(v)) for k, v in row.items()]
         first.setdefault((spec.skeleton, *sorted(row)), name)
     return list(first.values())
 
@@ -72,19 +88,7 @@ def _shrink(name: str) -> dict:
     small = {
         k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row
     }
-    if isinstance(row.get("token_mixer"), list):
-        small["token_mixer"] = [_small_mixer(entry) for entry in row["token_mixer"]]
-    return small
-
-
-def _small_mixer(entry: Any) -> Any:
-    """A mixer, or the first one of a list with one per block, with small options."""
-    if isinstance(entry, list):
-        return _small_mixer(entry[0])
-    if isinstance(entry, str):
-        return entry
-    name, options = entry
-    return name, {key: SMALL_OPTIONS.get(key, value) for key, value in options.items()}
+    return small | _small_mixers(row)
 
 
 @pytest.fixture(scope="session")
