@@ -473,6 +473,19 @@ def test_models_that_do_not_forecast_are_refused(waves, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_of_the_zoo_learns_and_is_saved(waves, tmp_path):
+    narrow = ("--set", "dim=4", "--set", "hidden=4", "--set", "depth=1", "--set", "levels=1", "--set", "kernel=5")
+    sizes = ("--data", waves, "--horizon", 8, "--context-length", 24, "--epochs", 3, "--cpu")
+    command = ("timemixer", *sizes, *narrow, "--set", "embed=timeF", "--output", tmp_path)
+    assert finetune.main([str(a) for a in command]) == 0
+    rows = log_of(tmp_path)
+    assert rows[-1]["val_mse"] < rows[0]["val_mse"]
+    model = mixzoo.load(tmp_path / "best.safetensors").eval()
+    assert model.forward_inputs == ("past_time_features",)
+    assert model(torch.zeros(2, 24, CHANNELS)).shape == (2, 8, CHANNELS)
+    assert json.loads((tmp_path / "run.json").read_text())["preset"] == "timemixer"
+
+
 def test_one_cycle_is_the_one_of_torch():
     for name, strategy in (("one-cycle", "cos"), ("one-cycle-linear", "linear")):
         optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(1))], lr=1.0)
