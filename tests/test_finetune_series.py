@@ -470,6 +470,20 @@ def test_models_that_do_not_forecast_are_refused(waves, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run("--data", waves, output=tmp_path / "run")
     assert "(1, 24, 3) of one window, a forecast is (1, 8, 3)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune.main(
+            [
+                "timemixer_imputation_96",
+                "--data",
+                str(waves),
+                "--horizon",
+                "8",
+                "--cpu",
+                "--output",
+                str(tmp_path / "run"),
+            ]
+        )
+    assert "is made for imputation" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
