@@ -210,6 +210,12 @@ def check_parts(args: argparse.Namespace, net: nn.Module, recipe: Recipe) -> Non
         raise ValueError(f"--layer-decay: {args.model} does not say which layers are above which")
 
 
+def setting_of(net: nn.Module, option: str) -> Any:
+    """An option that a model was made with, its own or its table's; None if neither says it."""
+    row = resolve_name(net.config["model"])[0].row
+    return net.config["options"].get(option, row.get(option))
+
+
 def run_folder(args: argparse.Namespace, data_name: str) -> RunFolder:
     """The folder of the run: what was asked for, or runs/MODEL-DATA; one of several runs has a folder in there."""
     name = Path(args.model).stem if is_own_file(args.model) else args.model

@@ -38,6 +38,7 @@ from ._plan import (
     loop_settings,
     parse_options,
     run_folder,
+    setting_of,
     spread,
     start_of,
 )
@@ -175,6 +176,8 @@ def _cut(args: argparse.Namespace, recipe: ForecastRecipe, series: Series, net: 
 
 def _try_out(net: nn.Module, task: Forecasting, data: ForecastData, model: str) -> None:
     """One window through the model, so that what it refuses, or does instead, is known before a run begins."""
+    if setting_of(net, "task") not in (None, "forecast"):
+        raise ValueError(f"MODEL {model} is made for {setting_of(net, 'task')}; give --set task=forecast")
     batch = data.windows(data.splits.train, lookback=False).__getitems__([0])
     with torch.no_grad():
         forecast = task.forecast(net.eval(), batch)

@@ -38,7 +38,8 @@ class ForecastRecipe(Recipe):
 _TIMEMIXER = ForecastRecipe(epochs=10, batch_size=128, lr=1e-2, schedule="one-cycle", warmup=2.0, patience=10, freq="h")
 # (preset, start): "scratch", or "tuned" from weights; the first one whose pattern fits is that of a model
 PRESETS: dict[tuple[str, str], ForecastRecipe] = {
-    # a tenth of the published rate, which the author advises too, and no marks: the published code shuffles them
+    # a tenth of the published rate, which the author advises too; no marks: the published code gives most rows those of
+    # another sample, and with the right ones seed 0 of ETTh1 fits the training months better and gets 0.386
     ("timemixer", "scratch"): ForecastRecipe(
         models=("timemixer",),
         epochs=10,
@@ -49,6 +50,11 @@ PRESETS: dict[tuple[str, str], ForecastRecipe] = {
         patience=3,
         ema=0.995,
         options={"embed": None},
+        evidence=(
+            "mixzoo finetune timemixer --data ETTh1.csv --horizon 96 --repeat 3: MSE 0.3768 ± 0.0008, MAE\n"
+            "0.3953 ± 0.0005 (published 0.375, 0.400); ETTh2.csv: 0.2900 ± 0.0027, 0.3424 ± 0.0015 (0.289, 0.341);\n"
+            "2 to 3 minutes a run on one thread of a busy 2-core machine"
+        ),
     ),
     # the published settings, named after the data they are for
     ("timemixer-etth1", "scratch"): replace(_TIMEMIXER, models=("timemixer_etth1*", "timemixer_ettm2*")),

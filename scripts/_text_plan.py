@@ -30,6 +30,7 @@ from ._plan import (
     loop_settings,
     parse_options,
     run_folder,
+    setting_of,
     spread,
     start_of,
 )
@@ -230,8 +231,8 @@ def _encode(
 ) -> tuple[dict[str, EncodedTexts], str]:
     """The splits as numbers, and what was cut."""
     options = {
-        "twin": _setting(net, "head") == "pairs",
-        "typed": (_setting(net, "type_vocab_size") or 0) > 1 and len(data.train.texts[0]) == 2,
+        "twin": setting_of(net, "head") == "pairs",
+        "typed": (setting_of(net, "type_vocab_size") or 0) > 1 and len(data.train.texts[0]) == 2,
         "pad_to": net.max_length if recipe.pad == "max" else None,
     }
     if options["twin"] and len(data.train.texts[0]) != 2:
@@ -333,16 +334,10 @@ def _fits(net: nn.Module, words: Mapping[str, Any], args: argparse.Namespace) ->
             f"--tokenizer {args.tokenizer or BYTES} has {size} words, MODEL {args.model} {net.vocab_size}: "
             "give the tokeniser of its weights"
         )
-    head = _setting(net, "head")
+    head = setting_of(net, "head")
     if head not in (None, "classification", "pairs"):
         raise ValueError(f"MODEL {args.model} has the head {head!r}; give --set head=classification")
     return net
-
-
-def _setting(net: nn.Module, option: str) -> Any:
-    """An option that the model was made with, its own or its row's."""
-    row = resolve_name(net.config["model"])[0].row
-    return net.config["options"].get(option, row.get(option))
 
 
 def _try_out(net: nn.Module, task: TextClassification, texts: EncodedTexts) -> None:

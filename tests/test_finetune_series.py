@@ -470,7 +470,34 @@ def test_models_that_do_not_forecast_are_refused(waves, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run("--data", waves, output=tmp_path / "run")
     assert "(1, 24, 3) of one window, a forecast is (1, 8, 3)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        finetune.main(
+            [
+                "timemixer_imputation_96",
+                "--data",
+                str(waves),
+                "--horizon",
+                "8",
+                "--cpu",
+                "--output",
+                str(tmp_path / "run"),
+            ]
+        )
+    assert "is made for imputation" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_the_zoo_learns_and_is_saved(waves, tmp_path):
+    narrow = ("--set", "dim=4", "--set", "hidden=4", "--set", "depth=1", "--set", "levels=1", "--set", "kernel=5")
+    sizes = ("--data", waves, "--horizon", 8, "--context-length", 24, "--epochs", 3, "--cpu")
+    command = ("timemixer", *sizes, *narrow, "--set", "embed=timeF", "--output", tmp_path)
+    assert finetune.main([str(a) for a in command]) == 0
+    rows = log_of(tmp_path)
+    assert rows[-1]["val_mse"] < rows[0]["val_mse"]
+    model = mixzoo.load(tmp_path / "best.safetensors").eval()
+    assert model.forward_inputs == ("past_time_features",)
+    assert model(torch.zeros(2, 24, CHANNELS)).shape == (2, 8, CHANNELS)
+    assert json.loads((tmp_path / "run.json").read_text())["preset"] == "timemixer"
 
 
 def test_one_cycle_is_the_one_of_torch():
