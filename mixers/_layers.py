@@ -83,16 +83,22 @@ class _GELU(nn.GELU):
         super().__init__(approximate)
 
 
+class _ReLU(nn.ReLU):
+    def __init__(self, *, device=None, dtype=None):
+        super().__init__()
+
+
 _ACTIVATIONS: dict[str, Callable[..., nn.Module]] = {
     "gelu": _GELU,
     "gelu_tanh": partial(_GELU, "tanh"),
+    "relu": _ReLU,
     "star_relu": StarReLU,
     "squared_relu": SquaredReLU,
 }
 
 
 def make_activation(name: str, *, device=None, dtype=None) -> nn.Module:
-    """The activation of that name: gelu (erf form), gelu_tanh, star_relu, squared_relu."""
+    """The activation of that name: gelu (erf form), gelu_tanh, relu, star_relu, squared_relu."""
     if name not in _ACTIVATIONS:
         raise ValueError(f"no activation named {name!r}; allowed: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name](device=device, dtype=dtype)
@@ -127,11 +133,19 @@ class GroupNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.eps}, bias={self.bias is not None}"
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm on ``(B, *grid, C)``: mean and variance of a channel over batch and grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
 _NORMS: dict[str, Callable[..., nn.Module]] = {
     "layer": nn.LayerNorm,
     "layer_nobias": partial(nn.LayerNorm, bias=False),
     "group": GroupNorm,
     "group_nobias": partial(GroupNorm, bias=False),
+    "batch": BatchNorm,
 }
 
 
@@ -139,7 +153,7 @@ def make_norm(name: str | None, dim: int, *, eps: float, device=None, dtype=None
     """The norm of that name over channels-last maps; None gives the identity.
 
     ``layer``: mean and variance over the channels of a position; ``group``: over grid and channels of a sample;
-    both with a weight per channel and, unless ``_nobias``, a bias.
+    both with a weight per channel and, unless ``_nobias``, a bias. ``batch``: of a channel over batch and grid.
     """
     if name is None:
         return nn.Identity()

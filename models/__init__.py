@@ -9,6 +9,7 @@ from . import (  # noqa: F401 - registers them
     poolformer,
     raftmlp,
     svt,
+    timemixer,
 )
 from ._registry import create_model, list_models
 from .block import MetaFormerBlock, ResidualBranch

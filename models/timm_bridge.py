@@ -104,8 +104,9 @@ def _weights_of(spec: ModelSpec, cfg: PretrainedCfg) -> Any:
 
 
 def _build(spec: ModelSpec, cfg: PretrainedCfg, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Construct, load, and let timm wrap the model for features."""
-    unknown = sorted(set(options) - set(skeleton_options(spec)) - set(_NOT_CONFIG) - {"checkpoint_path"})
+    """Construct, load, and let timm wrap an image model for features."""
+    foreign = (*_NOT_CONFIG, "checkpoint_path") if spec.modality == "image" else ()
+    unknown = sorted(set(options) - set(skeleton_options(spec)) - set(foreign))
     if unknown:
         accepted = ", ".join(skeleton_options(spec))
         raise TypeError(f"{spec.name} has no argument {unknown[0]!r}; accepted: {accepted}")
@@ -121,6 +122,8 @@ def _build(spec: ModelSpec, cfg: PretrainedCfg, weights: Any, options: dict[str,
             load_checkpoint(model, weights)
         return model
 
+    if spec.modality != "image":
+        return construct(**options)
     return build_model_with_cfg(
         construct,
         spec.name,

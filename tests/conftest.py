@@ -51,7 +51,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _shrink(name: str) -> dict:
     row = MODELS[name].row
-    return {k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row}
+    return {
+        k: value if isinstance(value, int | float) else value[: len(row[k])] for k, value in SMALL.items() if k in row
+    }
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 One file per family registers its releases and its layouts; `_rules` is the engine that reads them in both directions.
 """
 
-from . import affnet, gfnet, metaformer_baselines, mlp_mixer, ninformer, poolformer, raftmlp, svt
+from . import affnet, gfnet, metaformer_baselines, mlp_mixer, ninformer, poolformer, raftmlp, svt, timemixer
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
 from ._load import LoadReport, load_checkpoint, load_pretrained
@@ -32,4 +32,5 @@ __all__ = [
     "raftmlp",
     "save",
     "svt",
+    "timemixer",
 ]

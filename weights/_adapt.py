@@ -164,6 +164,8 @@ def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     if not hasattr(model, "get_classifier"):
         return None
     classifier = model.get_classifier()
+    if classifier is None:
+        return None
     return next((name, module) for name, module in model.named_modules() if module is classifier)
 
 

@@ -133,6 +133,9 @@ def _translate(model: nn.Module, contents: Contents) -> tuple[Layout, tuple[str,
     layout = OWN if contents.metadata.get("format") == FORMAT else choose(contents.tensors, names)
     converted = layout.convert(contents.tensors)
     plan = Plan(dict(converted.tensors), ignored={**contents.ignored, **converted.reasons})
+    for key, why in converted.optional.items():
+        if key not in names:
+            plan.drop([key], why)
     _leave_fresh(layout, names, plan)
     if not names & plan.tensors.keys():
         _cross(plan, names)

@@ -133,7 +133,8 @@ class Rule:
         transform: a `Transform` or the name of one in `TRANSFORMS`.
         unless: read from ours to theirs, the rule is skipped where this key of ours exists; placeholders have the
             values of the rule's own. For layouts that store the same parameter in two ways.
-        why: reason for leaving a dead key out.
+        why: reason for leaving a dead key out; with ``ours``, the reason why a model may do without these parameters,
+            whose tensor is then left out.
     """
 
     theirs: str
@@ -203,12 +204,14 @@ class Converted:
         dead: their keys that a rule leaves out, with the tensors, so that they can be put back.
         reasons: why each of these was left out.
         unknown: their keys that no rule knows.
+        optional: our keys that a model may do without, and why.
     """
 
     tensors: dict[str, Tensor]
     dead: dict[str, Tensor] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    optional: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +226,7 @@ class Layout:
         fresh: (pattern of our key, reason): parameters that this layout never holds and that keep their values.
         activation: form of GELU that this publisher's network has, which a model that leaves the choice takes on.
         bridge: its keys are ours too, of another form of the model (a classifier's for a dense-prediction form).
+        rebuild: makes dead tensors that the authors' code asks for, from its other tensors, when weights are exported.
     """
 
     name: str
@@ -232,6 +236,7 @@ class Layout:
     fresh: Sequence[tuple[str, str]] = ()
     activation: str | None = None
     bridge: bool = False
+    rebuild: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
     @cached_property
     def table(self) -> list[Rule]:
@@ -256,7 +261,7 @@ class Layout:
 
     def convert(self, state: Mapping[str, Tensor]) -> Converted:
         """Translate their state dict to ours."""
-        tensors, dead, reasons, unknown = {}, {}, {}, []
+        tensors, dead, reasons, unknown, optional = {}, {}, {}, [], {}
         for key, tensor in state.items():
             found = self.find(key)
             if found is None:
@@ -267,7 +272,8 @@ class Layout:
                 dead[key], reasons[key] = tensor, rule.why
                 continue
             tensors.update(zip(names, rule.load(tensor), strict=True))
-        return Converted(tensors, dead, reasons, tuple(unknown))
+            optional.update(dict.fromkeys(names, rule.why) if rule.why else {})
+        return Converted(tensors, dead, reasons, tuple(unknown), optional)
 
     def unnamed(self, state: Mapping[str, Tensor]) -> list[str]:
         """Our keys that have no name in this layout."""
@@ -293,7 +299,7 @@ class Layout:
                 raise CheckpointError(f"layout {self.name!r} stores {', '.join(names)} together, without {absent[0]}")
             theirs[rule.source.fill(values)] = rule.via.save(*(state[name] for name in names)).contiguous()
             done.update(names)
-        return {**theirs, **(dead or {})}
+        return {**(self.rebuild(theirs) if self.rebuild else {}), **theirs, **(dead or {})}
 
     def _find_ours(self, key: str, state: Mapping[str, Tensor]) -> tuple[Rule, Values] | None:
         for rule in self.table:

@@ -132,6 +132,8 @@ for _last in (1, 3):
 register_layouts(
     [
         Layout("raft-mlp", "okojoalg/raft-mlp, one block", ("1.norm.1.weight", "5.norm.weight"), _RAFT),
-        Layout("raft-mlp", "okojoalg/raft-mlp, token mixing of one block", ("1.norm.1.weight", "3.norm.1.weight"), _AXES),
+        Layout(
+            "raft-mlp", "okojoalg/raft-mlp, token mixing of one block", ("1.norm.1.weight", "3.norm.1.weight"), _AXES
+        ),
     ]
 )
