@@ -1,6 +1,14 @@
 """mixzoo: a zoo of token mixers. See README.md for a tour."""
 
-from .mixers import create_mixer, list_mixers, nchw, register_mixer
+from .mixers import (
+    create_mixer,
+    dtcwt_forward,
+    dtcwt_inverse,
+    list_mixers,
+    nchw,
+    neighborhood_apply,
+    register_mixer,
+)
 from .models import MetaFormer, MetaFormerBlock, ResidualBranch, complexity, create_model, list_models
 from .models.timm_bridge import register_all
 from .weights import load, load_checkpoint, save
@@ -17,11 +25,14 @@ __all__ = [
     "complexity",
     "create_mixer",
     "create_model",
+    "dtcwt_forward",
+    "dtcwt_inverse",
     "list_mixers",
     "list_models",
     "load",
     "load_checkpoint",
     "nchw",
+    "neighborhood_apply",
     "register_mixer",
     "save",
 ]

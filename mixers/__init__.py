@@ -11,13 +11,17 @@ from . import (  # noqa: F401 - registers them
     _conv_mlp,
     aff,
     attention,
+    contmix,
     decomposable_mixing,
     fourier,
     gated_mlp,
     global_filter,
     identity,
+    inception,
+    large_kernel_conv,
     mlp,
     nin_gating,
+    ponet,
     pooling,
     raft,
     random,
@@ -27,6 +31,7 @@ from . import (  # noqa: F401 - registers them
 )
 from ._dtcwt import dtcwt_forward, dtcwt_inverse
 from ._layers import nchw
+from ._neighborhood import neighborhood_apply
 from ._registry import (
     CHANNEL_MIXERS,
     TOKEN_MIXERS,
@@ -47,6 +52,7 @@ __all__ = [
     "dtcwt_inverse",
     "list_mixers",
     "nchw",
+    "neighborhood_apply",
     "parse_spec",
     "register_channel_mixer",
     "register_mixer",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ._layers import make_activation
+from ._layers import Linear, make_activation
 from ._registry import register_channel_mixer
 
 
@@ -44,10 +44,10 @@ class ChannelMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = int(ratio * dim)
-        self.fc1 = nn.Linear(dim, hidden, bias=bias, **dd)
+        self.fc1 = Linear(dim, hidden, bias=bias, **dd)
         self.act = make_activation(act, **dd)
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden, dim, bias=bias, **dd)
+        self.fc2 = Linear(hidden, dim, bias=bias, **dd)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ._layers import make_activation
+from ._layers import Linear, make_activation
 from ._registry import register_channel_mixer
 
 
@@ -48,10 +48,10 @@ class ConvMlp(nn.Module):
         dd = {"device": device, "dtype": dtype}
         hidden = int(ratio * dim)
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
-        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.fc1 = Linear(dim, hidden, **dd)
         self.dwconv = conv(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, **dd)
         self.act = make_activation(act, **dd)
-        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.fc2 = Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.fc1(x)  # (B, *grid, M)

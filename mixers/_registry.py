@@ -46,6 +46,11 @@ class MixerInfo:
     self_contained: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def honours_mask(self) -> bool:
+        """Whether padding, which the input ``mask`` tells, is kept out of what is mixed into valid positions."""
+        return "mask" in self.extra_inputs
+
 
 def _own_options(factory: Callable[..., nn.Module]) -> dict[str, Any]:
     """Options of a mixer's constructor with their defaults, without the arguments that all mixers share."""

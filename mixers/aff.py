@@ -10,7 +10,8 @@ act and shrink(t) = sign(t) max(|t| - lambda, 0) work on real and imaginary part
 mixer. Runs in float32 or wider and returns the input's dtype; `_dft` says how F is computed.
 
 A complex layer is one real matrix product a group on [re | im], [[Wr, Wi], [-Wi, Wr]], in place of eight einsums:
-2 to 12 times faster on a CPU at the published sizes, where grouped 1x1 convolutions are 2 times slower than this.
+2 to 12 times faster on a CPU at the published sizes, where grouped 1x1 convolutions are 2 times slower than this. With
+transforms by matrices the whole mixer takes 0.5 to 0.7 of the time of FFT and einsums.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ._complex import complex_product, real_bias, real_blocks
 from ._dft import from_spectrum, spectrum
+from ._layers import by_samples
 from ._registry import register_mixer
 from ._tables import island, widen
 
@@ -83,22 +85,24 @@ class AdaptiveFrequencyFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with island(x):
-            z = widen(x)
-            y = from_spectrum(self._masked(spectrum(z)), x.shape[1:-1])
+            # spectrum and mask of a sample are as large as two maps
+            y = by_samples(self._filtered, widen(x), widest=2 * x.shape[1:].numel())
         return x + y.to(x.dtype)
 
+    def _filtered(self, x: Tensor) -> Tensor:
+        return from_spectrum(self._masked(spectrum(x)), x.shape[1:-1])
+
     def _masked(self, s: Tensor) -> Tensor:
-        """M . S of a spectrum ``(B, *bins, 2, C)``."""
-        G = self.num_blocks
-        groups = s.unflatten(-1, (G, s.shape[-1] // G)).flatten(0, -4)  # (P, 2, G, C / G), P bins of all samples
-        v = groups.permute(2, 0, 1, 3).flatten(2)  # (G, P, 2 C / G)
-        h = torch.baddbmm(real_bias(self.b1.to(s.dtype)), v, real_blocks(self.w1.to(s.dtype)))
-        h = _ACTIVATIONS[self.act](h)
-        mask = torch.baddbmm(real_bias(self.b2.to(s.dtype)), h, real_blocks(self.w2.to(s.dtype)))
-        mask = F.softshrink(mask, self.sparsity_threshold)
-        parts = (2, s.shape[-1] // G)
-        y = complex_product(mask.unflatten(-1, parts), v.unflatten(-1, parts))  # (G, P, 2, C / G)
-        return y.permute(1, 2, 0, 3).reshape(s.shape)
+        """M . S of a spectrum ``(2, B, *bins, C)``."""
+        G, D = self.num_blocks, s.shape[-1] // self.num_blocks
+        weight1, weight2 = (real_blocks(weight.to(s.dtype)) for weight in (self.w1, self.w2))
+        bias1, bias2 = (real_bias(bias.to(s.dtype)) for bias in (self.b1, self.b2))
+        real, imag = s.reshape(2, -1, G, D).transpose(1, 2).unbind(0)  # 2 x (G, P, D), P bins of all samples
+        # one product on [re | im] in two parts, which saves bringing them together
+        h = torch.baddbmm(bias1, real, weight1[:, :D]).baddbmm_(imag, weight1[:, D:])  # (G, P, 2 D)
+        h = torch.baddbmm(bias2, _ACTIVATIONS[self.act](h), weight2)
+        mask = F.softshrink(h, self.sparsity_threshold).unflatten(-1, (2, D))  # (G, P, 2, D)
+        return complex_product(s, mask.permute(2, 1, 0, 3).reshape(s.shape))
 
     def extra_repr(self) -> str:
         return f"num_blocks={self.num_blocks}, sparsity_threshold={self.sparsity_threshold}, act={self.act!r}"

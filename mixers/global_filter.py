@@ -7,7 +7,8 @@ Paper: arXiv:2107.00645 (GFNet). Checked against raoyongming/GFNet at 2de48b6.
 
 K lives on the half spectrum, (H, W // 2 + 1) bins for a grid (H, W), with real and imaginary parts on its last axis.
 Where a bin is its own mirror image only the part of K that keeps y real counts. Runs in float32 or wider and returns
-the input's dtype; `_dft` says how F is computed.
+the input's dtype. `_dft` says how F is computed and how fast that is: filtering takes 0.3 to 0.75 of the time of FFTs
+up to 28 positions a side, and as long as they do beyond 32.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from timm.layers import register_notrace_module
 from torch import Tensor
 
 from ._complex import complex_product
-from ._dft import from_spectrum, spectrum
-from ._layers import check_grid
+from ._dft import by_matrices, from_spectrum, irfft, rfft, sort_rows, spectrum
+from ._layers import check_grid, is_symbolic
 from ._registry import register_mixer
 from ._tables import island, widen
 
-RESIZES = ("spectrum", "kernel")
+RESIZES = ("spectrum", "spectrum_linear", "kernel")
 
 
 def bins(grid: Sequence[int]) -> tuple[int, ...]:
@@ -34,13 +35,13 @@ def bins(grid: Sequence[int]) -> tuple[int, ...]:
     return (*grid[:-1], grid[-1] // 2 + 1)
 
 
-def _resize_spectrum(weight: Tensor, new: Sequence[int]) -> Tensor:
-    """K ``(*bins, C, 2)`` resampled over its bins, the first and the last one in place: bicubic, on rank 3 linear."""
+def _resize_spectrum(weight: Tensor, new: Sequence[int], cubic: bool) -> Tensor:
+    """K ``(*bins, C, 2)`` resampled over its bins, the first and the last one in place; on rank 3 always linearly."""
     maps = weight.flatten(-2).movedim(-1, 0).unsqueeze(0).float()  # (1, 2 C, *bins)
     size = bins(new)
     if len(new) == 1:
         maps, size = maps.unsqueeze(2), (1, *size)
-    mode = "trilinear" if len(new) == 3 else "bicubic"
+    mode = "trilinear" if len(new) == 3 else "bicubic" if cubic else "bilinear"
     maps = F.interpolate(maps, size=size, mode=mode, align_corners=True)
     maps = maps.squeeze(0).movedim(0, -1).reshape(*bins(new), *weight.shape[-2:])
     return maps.to(weight.dtype)
@@ -62,6 +63,34 @@ def _resize_kernel(weight: Tensor, old: Sequence[int], new: Sequence[int]) -> Te
     return torch.view_as_real(torch.fft.rfftn(kernel, dim=axes)).to(weight.dtype)
 
 
+class _FilterByFFT(torch.autograd.Function):
+    """F^-1 (k . F x). Its adjoint is the filter conj(k); torch's own one takes complex transforms of full size."""
+
+    @staticmethod
+    def forward(x: Tensor, k: Tensor, grid: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        s = rfft(x)
+        return irfft(s * k, grid), s
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, k, ctx.grid = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, k, output[1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        x, k, s = ctx.saved_tensors
+        t = rfft(grad)
+        grad_k = None
+        if ctx.needs_input_grad[1]:
+            # a second derivative needs the graph of the spectrum
+            s = rfft(x) if torch.is_grad_enabled() else s
+            grad_k = (t * s.conj()).sum(0)
+            # bins that stand for two
+            grad_k[..., 1 : (ctx.grid[-1] + 1) // 2, :] *= 2
+        return (irfft(t * k.conj(), ctx.grid) if ctx.needs_input_grad[0] else None), grad_k, None
+
+
 @register_notrace_module
 @register_mixer("global_filter", ranks=(1, 2, 3), needs_grid=True, paper="arXiv:2107.00645")
 class GlobalFilter(nn.Module):
@@ -70,8 +99,9 @@ class GlobalFilter(nn.Module):
     Args:
         dim: channels C; every channel has its own filter.
         grid_size: sides of the grid.
-        resize: how K follows another grid. "spectrum" resamples its entries, as the authors do for checkpoints; it
-            moves them off their frequencies by up to a bin. "kernel" pads or crops the convolution kernel with zeros.
+        resize: how K follows another grid. "spectrum" resamples its entries bicubically, as the authors do for
+            checkpoints, "spectrum_linear" linearly, as they do for dense prediction; both move entries off their
+            frequencies by up to a bin. "kernel" pads or crops the convolution kernel with zeros.
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``; any other grid is refused.
     """
@@ -110,8 +140,9 @@ class GlobalFilter(nn.Module):
     def resize_grid_state(self, state: dict[str, Tensor], old: Sequence[int], new: Sequence[int]) -> dict[str, Tensor]:
         """The mixer's state dict for another grid, see the argument ``resize``."""
         weight = state["complex_weight"]
-        resized = _resize_spectrum(weight, new) if self.resize == "spectrum" else _resize_kernel(weight, old, new)
-        return {**state, "complex_weight": resized}
+        if self.resize == "kernel":
+            return {**state, "complex_weight": _resize_kernel(weight, old, new)}
+        return {**state, "complex_weight": _resize_spectrum(weight, new, cubic=self.resize == "spectrum")}
 
     def set_grid_size(self, grid_size: Sequence[int]) -> None:
         """Resize K to another grid, see `resize_grid_state`; before optimizer, DDP or compile."""
@@ -125,11 +156,21 @@ class GlobalFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_grid(x, self.grid_size, "global_filter")
         with island(x):
-            z = widen(x)
-            # parts apart, since products over neighbouring channels are fast where their memory is
-            k = self.complex_weight.to(z.dtype).movedim(-1, 0).contiguous().movedim(0, -2)  # (*bins, 2, C)
-            y = from_spectrum(complex_product(spectrum(z), k), self.grid_size)
+            y = self._filter(widen(x))
         return y.to(x.dtype)
+
+    def _filter(self, x: Tensor) -> Tensor:
+        k = self.complex_weight.to(x.dtype)
+        if by_matrices(self.grid_size):
+            k = k.movedim(-1, 0)  # (2, *bins, C)
+            k = sort_rows(k, 1) if len(self.grid_size) == 2 else k
+            return from_spectrum(complex_product(spectrum(x), k), self.grid_size)
+        k = torch.view_as_complex(k.contiguous())
+        if is_symbolic(x):
+            return irfft(rfft(x) * k, self.grid_size)
+        if torch.is_grad_enabled():
+            return _FilterByFFT.apply(x, k, self.grid_size)[0]
+        return irfft(rfft(x).mul_(k), self.grid_size)
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}, resize={self.resize!r}"

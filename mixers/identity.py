@@ -17,12 +17,12 @@ from torch import Tensor
 from ._registry import register_mixer
 
 
-@register_mixer("identity", ranks=(1, 2, 3), paper="arXiv:2210.13452")
+@register_mixer("identity", ranks=(1, 2, 3), extra_inputs=("mask",), paper="arXiv:2210.13452")
 class Identity(nn.Module):
-    """y = x on maps of any rank. Shapes: ``(B, *grid, C) -> (B, *grid, C)``."""
+    """y = x on maps of any rank, so that no position sees padding. Shapes: ``(B, *grid, C) -> (B, *grid, C)``."""
 
     def __init__(self, dim: int, *, rank: int = 2, grid_size: Sequence[int] | None = None, device=None, dtype=None):
         super().__init__()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return x

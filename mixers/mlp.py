@@ -19,6 +19,9 @@ from torch import Tensor
 from ._layers import check_grid, make_activation, resample
 from ._registry import register_mixer
 
+# what a report says of weights over tokens that were resampled to another grid
+APPROXIMATE = "an approximation to be fine-tuned"
+
 
 class TokenLinear(nn.Linear):
     """A linear layer over the tokens of ``(B, N, C)``: ``(B, N', C)`` with y = W x + b, one W for all channels."""
@@ -68,7 +71,13 @@ class TokenMlp(nn.Module):
         drop: dropout after the activation and after the second layer.
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``; any other grid is refused.
+
+    b2 adds one number to all channels of a token. Where every reader of the sum is a norm over channels, as in
+    MLP-Mixer, it changes nothing and has no gradient.
     """
+
+    # the authors' code has no procedure; reports of loading say so
+    resize_note = APPROXIMATE
 
     def __init__(
         self,
@@ -109,8 +118,7 @@ class TokenMlp(nn.Module):
             self.grid_size = tuple(grid_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            check_grid(x, self.grid_size, "mlp")
+        check_grid(x, self.grid_size, "mlp")
         tokens = x.flatten(1, -2)  # (B, N, C)
         hidden = self.drop1(self.act(self.fc1(tokens)))  # (B, M, C)
         return self.drop2(self.fc2(hidden)).reshape(x.shape)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn as nn
 from torch import Tensor
 
 from ._channel_mlp import ChannelMlp
-from ._layers import check_grid
+from ._layers import Linear, check_grid
 from ._registry import register_mixer
-from .mlp import TokenMlp
+from .mlp import APPROXIMATE, TokenMlp
 
 
 @register_mixer("nin_gating", ranks=(1, 2, 3), needs_grid=True, paper="arXiv:2403.02411")
@@ -35,6 +34,8 @@ class NinGating(nn.Module):
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``; any other grid is refused.
     """
+
+    resize_note = APPROXIMATE
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class NinGating(nn.Module):
         self.token = TokenMlp(dim, rank=rank, grid_size=grid_size, hidden=hidden, drop=drop, **dd)
         self.channel_norm = nn.LayerNorm(dim, eps=norm_eps, **dd)
         self.channel = ChannelMlp(dim, rank=rank, ratio=hidden / dim, drop=drop, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     @staticmethod
     def resize_grid_state(state: dict[str, Tensor], old: Sequence[int], new: Sequence[int]) -> dict[str, Tensor]:
@@ -74,8 +75,7 @@ class NinGating(nn.Module):
         self.grid_size = tuple(grid_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            check_grid(x, self.grid_size, "nin_gating")
+        check_grid(x, self.grid_size, "nin_gating")
         gate = x + self.token(self.token_norm(x))
         gate = gate + self.channel(self.channel_norm(gate))
         return self.proj(x) * gate

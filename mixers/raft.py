@@ -24,20 +24,14 @@ from torch import Tensor
 
 from ._layers import check_grid
 from ._registry import register_mixer
+from ._tables import left_product, table
 from .mlp import TokenLinear
 
 
-def _resize_axis(x: Tensor, size: int, axis: int) -> Tensor:
-    """Bicubic interpolation along one axis of ``(B, H, W, C)``, as a product with the matrix of its weights."""
-    old = x.shape[axis]
-    if old == size:
-        return x
-    eye = torch.eye(old, device=x.device, dtype=torch.float32).reshape(1, old, old, 1)
-    matrix = F.interpolate(eye, size=[size, 1], mode="bicubic", align_corners=False).reshape(old, size).t().to(x.dtype)
-    b, h, w, c = x.shape
-    if axis == 1:
-        return torch.bmm(matrix.expand(b, -1, -1), x.reshape(b, h, w * c)).reshape(b, size, w, c)
-    return torch.bmm(matrix.expand(b * h, -1, -1), x.reshape(b * h, w, c)).reshape(b, h, size, c)
+def _bicubic(old: int, new: int, *, device) -> Tensor:
+    """Weights ``(new, old)`` of bicubic interpolation along one axis, corners not aligned, no antialiasing."""
+    eye = torch.eye(old, device=device, dtype=torch.float64).reshape(1, old, old, 1)
+    return F.interpolate(eye, size=[new, 1], mode="bicubic", align_corners=False).reshape(old, new).t()
 
 
 @register_notrace_module
@@ -48,7 +42,12 @@ class BicubicResize(nn.Module):
     """
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return _resize_axis(_resize_axis(x, height, 1), width, 2)
+        b, h, w, c = x.shape
+        if h != height:
+            x = left_product(table(_bicubic, x, h, height), x.reshape(b, h, w * c)).reshape(b, height, w, c)
+        if w != width:
+            x = left_product(table(_bicubic, x, w, width), x)
+        return x  # (B, height, width, C)
 
 
 class RaftAxis(nn.Module):
@@ -153,8 +152,7 @@ class Raft(nn.Module):
         self.grid_size = tuple(grid_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            check_grid(x, self.grid_size, "raft")
+        check_grid(x, self.grid_size, "raft")
         if self.weight_grid != self.grid_size:
             x = self.resize(x, self.weight_grid[0], self.weight_grid[1])
         x = x + self.drop_path1(self.vertical(x))

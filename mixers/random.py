@@ -23,7 +23,7 @@ from ._registry import register_mixer
 
 @register_mixer("random", ranks=(1, 2, 3), needs_grid=True, paper="arXiv:2210.13452")
 class RandomMixing(nn.Module):
-    """y = R x over the tokens of a fixed grid, R a frozen parameter.
+    """y = R x over the tokens of a fixed grid, R a buffer: saved and counted, never trained.
 
     Args:
         dim: channels; all share R.
@@ -32,11 +32,15 @@ class RandomMixing(nn.Module):
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``; any other grid is refused.
     """
 
+    # buffers that `complexity` counts as frozen parameters
+    frozen_weights = ("random_matrix",)
+
     def __init__(self, dim: int, *, rank: int = 2, grid_size: Sequence[int], device=None, dtype=None):
         super().__init__()
         self.grid_size = tuple(grid_size)
         n = math.prod(self.grid_size)
-        self.random_matrix = nn.Parameter(torch.empty(n, n, device=device, dtype=dtype), requires_grad=False)
+        # not a parameter, which whoever unfreezes a model would train, and in which no gradient ever arrives
+        self.register_buffer("random_matrix", torch.empty(n, n, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -57,8 +61,8 @@ class RandomMixing(nn.Module):
         """Resize R to another grid, see `resize_grid_state`; before optimizer, DDP or compile."""
         if tuple(grid_size) == self.grid_size:
             return
-        state = self.resize_grid_state({"random_matrix": self.random_matrix.data}, self.grid_size, grid_size)
-        self.random_matrix = nn.Parameter(state["random_matrix"], requires_grad=False)
+        state = self.resize_grid_state({"random_matrix": self.random_matrix}, self.grid_size, grid_size)
+        self.random_matrix = state["random_matrix"]
         self.grid_size = tuple(grid_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Papers: arXiv:1801.04381 (MobileNetV2), arXiv:2210.13452 (ConvFormer). Checked a
 
     y = dwconv_k(StarReLU(x W1)) W2        x, y: (B, *grid, C); W1: C -> M, W2: M -> C
 
-The depthwise kernel has k^rank taps and zero padding.
+The depthwise kernel has k^rank taps and zero padding; positions that a mask tells to be padding are zero to it too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ._layers import make_activation
+from ._layers import Linear, make_activation
 from ._registry import register_mixer
 
 
-@register_mixer("separable_conv", ranks=(1, 2, 3), paper="arXiv:2210.13452")
+@register_mixer("separable_conv", ranks=(1, 2, 3), extra_inputs=("mask",), paper="arXiv:2210.13452")
 class SeparableConv(nn.Module):
     """Linear, activation, depthwise convolution, linear.
 
@@ -30,7 +30,7 @@ class SeparableConv(nn.Module):
         act: activation after the first linear layer, see `make_activation`.
         bias: biases of all three layers.
 
-    Shapes: ``(B, *grid, C) -> (B, *grid, C)``, any grid.
+    Shapes: ``(B, *grid, C) -> (B, *grid, C)``, any grid; ``mask`` (B, *grid) is true at valid positions.
     """
 
     def __init__(
@@ -52,12 +52,14 @@ class SeparableConv(nn.Module):
         dd = {"device": device, "dtype": dtype}
         hidden = int(expansion * dim)
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
-        self.pwconv1 = nn.Linear(dim, hidden, bias=bias, **dd)
+        self.pwconv1 = Linear(dim, hidden, bias=bias, **dd)
         self.act = make_activation(act, **dd)
         self.dwconv = conv(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=bias, **dd)
-        self.pwconv2 = nn.Linear(hidden, dim, bias=bias, **dd)
+        self.pwconv2 = Linear(hidden, dim, bias=bias, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = self.act(self.pwconv1(x))  # (B, *grid, M)
+        if mask is not None:
+            y = y * mask.unsqueeze(-1).to(y.dtype)
         y = self.dwconv(y.movedim(-1, 1)).movedim(1, -1)  # a view and back: channels-last memory stays as it is
         return self.pwconv2(y)

@@ -2,20 +2,27 @@
 
 from . import (  # noqa: F401 - registers them
     affnet,
+    fnet,
     gfnet,
+    inception_transformer,
+    lra,
     metaformer_baselines,
     mlp_mixer,
     ninformer,
+    ponet,
     poolformer,
     raftmlp,
+    seqformer,
     svt,
     timemixer,
 )
+from ._inputs import example_inputs
 from ._registry import create_model, list_models
 from .block import MetaFormerBlock, ResidualBranch
 from .complexity import Complexity, complexity
 from .isotropic import IsotropicMetaFormer
 from .metaformer import MetaFormer
+from .text_encoder import TextEncoder
 
 __all__ = [
     "Complexity",
@@ -23,7 +30,9 @@ __all__ = [
     "MetaFormer",
     "MetaFormerBlock",
     "ResidualBranch",
+    "TextEncoder",
     "complexity",
     "create_model",
+    "example_inputs",
     "list_models",
 ]

@@ -169,6 +169,8 @@ class ImageBackbone(nn.Module):
         class_names: names of the classes, or None.
     """
 
+    modality = "image"
+
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module

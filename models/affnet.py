@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import ConvNormAct, calculate_drop_path_rates
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models._manipulate import checkpoint_seq
@@ -31,6 +32,28 @@ from ._slicing import run_sliced
 from .block import ResidualBranch
 
 _NORM_EPS = 1e-5
+
+
+class InplaceSiLU(nn.Module):
+    """x sigmoid(x), in place while no gradients are recorded; otherwise autograd would copy x before."""
+
+    def __init__(self, inplace: bool = True):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=self.inplace and not torch.is_grad_enabled())
+
+
+class AFFStem(nn.Module):
+    """First convolution: ``(B, in_chans, H, W) -> (B, C, H/2, W/2)``, channels last in memory, as all that follows."""
+
+    def __init__(self, in_chans: int, width: int, *, device=None, dtype=None):
+        super().__init__()
+        self.embed = ConvNormAct(in_chans, width, 3, stride=2, act_layer=InplaceSiLU, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.embed(x.contiguous(memory_format=torch.channels_last))
 
 
 class LocalThenMix(nn.Module):
@@ -73,7 +96,7 @@ class AFFMixingBlock(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        local = InvertedResidual(dim, dim, exp_ratio=expansion, act_layer=nn.SiLU, **dd)
+        local = InvertedResidual(dim, dim, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
         first, second = (make_norm("group", dim, eps=_NORM_EPS, **dd) for _ in range(2))
         token = TOKEN_MIXERS.create(token_mixer, dim, grid_size=grid_size, **dd)
         self.branch = ResidualBranch(first, LocalThenMix(local, second, token), drop_path=drop_path)
@@ -90,13 +113,14 @@ class AFFMixingBlock(nn.Module):
 
 
 class AFFBlock(nn.Module):
-    """Mixing blocks beside their input: ``(B, C, H, W) -> (B, C, H, W)``.
+    """Mixing blocks, beside their input or alone: ``(B, C, H, W) -> (B, C, H, W)``.
 
     Args:
         dim: channels C.
         depth: number of blocks.
         token_mixers: one for each block.
         grid_size, drop_paths: see `AFFMixingBlock`, one rate for each block.
+        fuse: join what comes out with the input; without, it is the result.
     """
 
     def __init__(
@@ -107,6 +131,7 @@ class AFFBlock(nn.Module):
         token_mixers: Sequence[Any] | None = None,
         grid_size: Sequence[int] | None = None,
         drop_paths: Sequence[float] | None = None,
+        fuse: bool = True,
         device=None,
         dtype=None,
     ):
@@ -120,7 +145,7 @@ class AFFBlock(nn.Module):
         ]
         self.blocks = nn.Sequential(*blocks, make_norm("group", dim, eps=_NORM_EPS, **dd))
         self.proj = ConvNormAct(dim, dim, 1, apply_act=False, **dd)
-        self.fuse = ConvNormAct(2 * dim, dim, 1, act_layer=nn.SiLU, **dd)
+        self.fuse = ConvNormAct(2 * dim, dim, 1, act_layer=InplaceSiLU, **dd) if fuse else None
         self.hidden = 2 * dim
         self.grad_checkpointing = False
 
@@ -133,7 +158,7 @@ class AFFBlock(nn.Module):
         else:
             t = run_sliced(self.blocks, t, self.hidden)
         t = self.proj(t.permute(0, 3, 1, 2))
-        return self.fuse(torch.cat([x, t], 1))
+        return t if self.fuse is None else self.fuse(torch.cat([x, t], 1))
 
     @torch.jit.ignore
     def set_grid_size(self, grid_size: Sequence[int]) -> None:
@@ -182,6 +207,8 @@ class AFFNet(ImageBackbone):
             head, the drop path grows linearly over the mixing blocks.
         widths: channels of the five stages; the stem has 16.
         depths: mixing blocks of the last three stages.
+        fuse: whether each of these joins its mixing blocks with their input, see `AFFBlock`.
+        conv_depths: inverted residuals of the first two stages.
         expansion: hidden width of the inverted residuals outside mixing blocks, over their input's.
         max_head_width: the last stage is widened four times, to this at most.
         token_mixer: a name, ``(name, {options})``, or a list with one of these (or a list of one per block) for each
@@ -202,36 +229,44 @@ class AFFNet(ImageBackbone):
         drop_path_rate: float = 0.0,
         widths: Sequence[int] = (32, 48, 64, 104, 144),
         depths: Sequence[int] = (2, 4, 3),
+        fuse: Sequence[bool] = (True, True, True),
+        conv_depths: Sequence[int] = (1, 3),
         expansion: float = 2.0,
         max_head_width: int = 960,
         token_mixer: Any = "aff",
         device=None,
         dtype=None,
     ):
-        if len(widths) != 5 or len(depths) != 3:
-            raise ValueError(f"widths must have 5 entries and depths 3, got {widths!r} and {depths!r}")
+        for name, value, number in (
+            ("widths", widths, 5),
+            ("depths", depths, 3),
+            ("fuse", fuse, 3),
+            ("conv_depths", conv_depths, 2),
+        ):
+            if len(value) != number:
+                raise ValueError(f"{name} must have {number} entries, got {value!r}")
         specs = specs_per_block(token_mixer, depths, "token_mixer")
         head_width = min(4 * widths[-1], max_head_width)
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=head_width, img_size=img_size)
         self._check_side(self.img_size, "img_size")
         dd = {"device": device, "dtype": dtype}
-        self.stem = ConvNormAct(in_chans, 16, 3, stride=2, act_layer=nn.SiLU, **dd)
+        self.stem = AFFStem(in_chans, 16, **dd)
 
         def inverted(i: int, stride: int, first: bool = True) -> nn.Module:
             entry = (16, *widths)[i] if first else widths[i]
-            return InvertedResidual(entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=nn.SiLU, **dd)
+            return InvertedResidual(entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
 
         stages = [
-            AFFStage([inverted(0, 1)]),
-            AFFStage([inverted(1, 2), inverted(1, 1, first=False), inverted(1, 1, first=False)]),
+            AFFStage([inverted(i, 1 + i), *(inverted(i, 1, first=False) for _ in range(conv_depths[i] - 1))])
+            for i in range(2)
         ]
         grids = self.grids(self.img_size)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         for j, depth in enumerate(depths):
             i = j + 2
             places = {"grid_size": grids[i], "drop_paths": rates[j]}
-            mix = AFFBlock(widths[i], depth=depth, token_mixers=specs[j], **places, **dd)
-            expand = ConvNormAct(widths[i], head_width, 1, act_layer=nn.SiLU, **dd) if i == 4 else None
+            mix = AFFBlock(widths[i], depth=depth, token_mixers=specs[j], fuse=fuse[j], **places, **dd)
+            expand = ConvNormAct(widths[i], head_width, 1, act_layer=InplaceSiLU, **dd) if i == 4 else None
             stages.append(AFFStage([inverted(i, 2)], mix, expand))
         self.stages = nn.Sequential(*stages)
         for i, width in enumerate((*widths[:-1], head_width)):
@@ -289,18 +324,32 @@ class AFFNet(ImageBackbone):
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
 
 
-_AFF = {"depths": (2, 4, 3), "token_mixer": "aff", "max_head_width": 960}
+_AFF = {"depths": (2, 4, 3), "token_mixer": "aff", "max_head_width": 960, "expansion": 4.0}
+_BASE = _AFF | {"widths": (64, 128, 256, 512, 640), "fuse": (True, False, False)}
+_EVALUATION = {
+    "input_size": (3, 256, 256),
+    "mean": (0.0, 0.0, 0.0),
+    "std": (1.0, 1.0, 1.0),
+    "crop_pct": 0.889,
+    "first_conv": "stem.embed.conv",
+    "feature_levels": 5,
+}
 
 register_models(
     AFFNet,
     {
         "affnet_et": _AFF | {"widths": (32, 48, 64, 104, 144), "expansion": 2.0},
-        "affnet_t": _AFF | {"widths": (32, 48, 96, 160, 192), "expansion": 4.0},
-        "affnet": _AFF | {"widths": (32, 64, 128, 256, 320), "expansion": 4.0},
+        "affnet_t": _AFF | {"widths": (32, 48, 96, 160, 192)},
+        "affnet": _AFF | {"widths": (32, 64, 128, 256, 320)},
     },
-    input_size=(3, 256, 256),
-    mean=(0.0, 0.0, 0.0),
-    std=(1.0, 1.0, 1.0),
-    crop_pct=0.889,
-    feature_levels=5,
+    **_EVALUATION,
+)
+register_models(
+    AFFNet,
+    {
+        "affnet_base": _BASE,
+        "affnet_large": _BASE | {"widths": (64, 128, 256, 512, 768), "depths": (4, 18, 6), "conv_depths": (2, 6)},
+    },
+    note="in the authors' code, without published figures or weights",
+    **_EVALUATION,
 )

@@ -35,6 +35,7 @@ class ResidualBranch(nn.Module):
         res_scale: initial value of r, or None for none.
         drop_path: probability of dropping the branch for a sample in training (arXiv:1603.09382).
         post_norm: put the norm after the addition.
+        drop: dropout of the result of ``op``.
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``. ``extras`` are keyword arguments for ``op``.
     """
@@ -49,6 +50,7 @@ class ResidualBranch(nn.Module):
         res_scale: float | None = None,
         drop_path: float = 0.0,
         post_norm: bool = False,
+        drop: float = 0.0,
         device=None,
         dtype=None,
     ):
@@ -63,6 +65,7 @@ class ResidualBranch(nn.Module):
         self.op = op
         self.layer_scale = scale(layer_scale)
         self.res_scale = scale(res_scale)
+        self.drop = nn.Dropout(drop) if drop > 0 else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.post_norm = post_norm
 
@@ -72,7 +75,7 @@ class ResidualBranch(nn.Module):
             y = self.op(y)
         else:
             y = self.op(y) if extras is None else self.op(y, **extras)
-        y = self.drop_path(y)
+        y = self.drop_path(self.drop(y))
         # one fused multiply-add where there is one scale
         if self.res_scale is not None:
             y = torch.addcmul(y if self.layer_scale is None else y * self.layer_scale, x, self.res_scale)
@@ -110,6 +113,7 @@ class MetaFormerBlock(nn.Module):
         norm_eps: added to the variance.
         layer_scale, res_scale, drop_path, post_norm: see `ResidualBranch`; the same for both branches. A mixer that
             brings its own norms and skips takes the drop path alone.
+        drop: dropout of the results of the token mixer and of the channel mixer, one for both or a pair.
 
     Shapes: ``(B, *grid, C) -> (B, *grid, C)``. Of ``extras`` each mixer gets the inputs it was registered with.
     """
@@ -128,6 +132,7 @@ class MetaFormerBlock(nn.Module):
         res_scale: float | None = None,
         drop_path: float = 0.0,
         post_norm: bool = False,
+        drop: float | Sequence[float] = 0.0,
         device=None,
         dtype=None,
     ):
@@ -136,14 +141,17 @@ class MetaFormerBlock(nn.Module):
         grid = {"rank": rank, "grid_size": grid_size}
         scales = {"layer_scale": layer_scale, "res_scale": res_scale}
 
-        def branch(registry: Registry, spec: Any) -> nn.Module:
+        drops = tuple(drop) if isinstance(drop, Sequence) else (drop, drop)
+
+        def branch(registry: Registry, spec: Any, drop: float) -> nn.Module:
             if registry[split_spec(spec)[0]].self_contained:
                 return BareBranch(registry.create(spec, dim, **grid, drop_path=drop_path, **dd))
             op, norm_layer = registry.create(spec, dim, **grid, **dd), make_norm(norm, dim, eps=norm_eps, **dd)
-            return ResidualBranch(norm_layer, op, dim=dim, **scales, drop_path=drop_path, post_norm=post_norm, **dd)
+            options = {**scales, "drop_path": drop_path, "post_norm": post_norm, "drop": drop}
+            return ResidualBranch(norm_layer, op, dim=dim, **options, **dd)
 
-        self.token = branch(TOKEN_MIXERS, token_mixer)
-        self.channel = branch(CHANNEL_MIXERS, channel_mixer)
+        self.token = branch(TOKEN_MIXERS, token_mixer, drops[0])
+        self.channel = branch(CHANNEL_MIXERS, channel_mixer, drops[1])
         self._grid_ops = tuple(
             name
             for name, registry, spec in (

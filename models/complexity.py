@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..mixers._counting import COLUMNS, FREE, RULES, Rule
+from ._inputs import example_inputs
 from ._tracing import TensorCall, traceable
 
 # the figures that `macs_by` adds up
@@ -126,9 +127,9 @@ def complexity(
 
     Args:
         model: any module that `torch.jit.trace` can trace.
-        input_size: of one image, a side or (H, W) in pixels, or the whole shape of an input without the batch.
-            Default: the model's ``img_size``, else timm's ``pretrained_cfg["input_size"]``, else 224 pixels; with the
-            model's ``in_chans`` channels, else 3.
+        input_size: of one image, a side or (H, W) in pixels, or the whole shape of an input without the batch; of a
+            text encoder, the number of tokens. Default: the model's ``img_size`` (longest sequence, context), else
+            timm's ``pretrained_cfg["input_size"]``, else 224 pixels; with the model's ``in_chans`` channels, else 3.
         batch_size: inputs at once; counts are for all of them.
         inputs: a tensor, positional tensors, or tensors by argument name, for models that take other things than one
             image; they are moved to the model's device.
@@ -142,7 +143,9 @@ def complexity(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     model = _unwrap(model)
     first = next(model.parameters(), None)
-    if inputs is None:
+    if inputs is None and getattr(model, "modality", "image") != "image":
+        inputs = example_inputs(model, batch_size, size=input_size)
+    elif inputs is None:
         shape = (batch_size, *_input_shape(model, input_size))
         inputs = torch.zeros(shape, dtype=None if first is None else first.dtype)
     names = tuple(inputs) if isinstance(inputs, Mapping) else None
@@ -258,7 +261,9 @@ def _si(n: int, unit: str = "") -> str:
 
 def _parameters(module: nn.Module) -> dict[str, int]:
     parameters = list(module.parameters())
+    # weights that are buffers, since they are never to be trained
+    buffers = sum(getattr(m, name).numel() for m in module.modules() for name in getattr(type(m), "frozen_weights", ()))
     return {
-        "parameters": sum(p.numel() for p in parameters),
-        "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters) + buffers,
+        "frozen_parameters": sum(p.numel() for p in parameters if not p.requires_grad) + buffers,
     }

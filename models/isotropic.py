@@ -144,8 +144,9 @@ class IsotropicMetaFormer(ImageBackbone):
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
         """Resize every parameter that depends on the grid to images of ``img_size`` pixels.
 
-        Mixers follow their authors' procedure where there is one, position embeddings are resampled bicubically. Must
-        run before the optimizer, DDP or `torch.compile` sees the parameters.
+        Mixers follow their authors' procedure where there is one; others, such as token MLPs, are resampled, which is
+        an approximation to be fine-tuned. Position embeddings are resampled bicubically. Must run before the optimizer,
+        DDP or `torch.compile` sees the parameters.
         """
         img_size = to_size(img_size)
         grid = self._grid(img_size, "img_size")

@@ -65,6 +65,8 @@ class DensePoolFormer(nn.Module):
         in_chans, img_size, drop_path_rate and all further ones: see `MetaFormer`; it has no head.
     """
 
+    modality = "image"
+
     def __init__(
         self,
         *,

@@ -4,9 +4,9 @@ Paper: arXiv:2108.04384. Checked against okojoalg/raft-mlp at 6060d5d.
 
     x <- x + V(LN(x));  x <- x + H(LN(x));  x <- x + mlp(LN(x))        V, H: see `mixzoo.mixers.raft`
 
-Token weights are laid out for one image size, 224. Images of other sizes pass through the same weights: a level resizes
-its input up to whole patches, and every block resizes its features to the grid of its weights for the token branches and
-back for the channel MLP, all bicubically. That costs two passes a block and smooths the residual stream.
+Token weights are laid out for one image size, 224. Images of other sizes pass through the same weights: a level
+resizes its input up to whole patches, and every block resizes its features to the grid of its weights for the token
+branches and back for the channel MLP, all bicubically. That costs two passes a block and smooths the residual stream.
 
 The published models embed patches at several scales, a sum of convolutions with one stride. It is computed as one
 convolution, whose kernel is the sum of theirs.
@@ -128,7 +128,7 @@ class RaftMLP(ImageBackbone):
         drop_path_rate: one rate for all branches, as the authors have it.
         weight_size: side in pixels, or (H, W), of the images that token weights are laid out for.
         depths, dims: blocks and channels of each stage.
-        patch_sizes: stride of each stage; 1 continues at the same resolution, and so do stages beyond the last one given.
+        patch_sizes: stride of each stage; 1 continues at the same resolution, as do stages beyond the last one given.
         embed_kernels: sides of the windows that a stage embeds around each patch, ascending from its patch size; None
             for the patches alone.
         token_mixer, channel_mixer: a name, ``(name, {options})``, or a list with one of these (or a list of one per
@@ -235,6 +235,8 @@ class RaftMLPBackbone(nn.Module):
         in_chans, img_size, weight_size, drop_path_rate and all further ones: see `RaftMLP`; it has no head.
     """
 
+    modality = "image"
+
     def __init__(
         self,
         *,
@@ -309,6 +311,8 @@ class RaftMLPShortcut(nn.Module):
         num_classes: of the classifier.
         all further ones: see `RaftMLP`, whose head is left out.
     """
+
+    modality = "image"
 
     def __init__(
         self,
@@ -391,6 +395,7 @@ def _rafts(size: int) -> tuple[str, dict]:
 
 
 _S = {
+    "weight_size": 224,
     "depths": (2, 2, 6, 2),
     "dims": (64, 128, 256, 512),
     "patch_sizes": (4, 2, 2, 2),
@@ -400,9 +405,17 @@ _S = {
 _M = _S | {"dims": (96, 192, 384, 768)}
 _L = _S | {"dims": (128, 192, 512, 1024)}
 # levels of one resolution are stages of one block, so that there are maps to take
-_12 = {"depths": (1,) * 12, "dims": (768,) * 12, "patch_sizes": (16,), "token_mixer": _rafts(4)}
+_12 = {
+    "weight_size": 224,
+    "depths": (1,) * 12,
+    "dims": (768,) * 12,
+    "patch_sizes": (16,),
+    "token_mixer": _rafts(4),
+}
 # the authors' MLP-Mixer; its hidden width is twice the tokens, not half the channels
 _ORG = _12 | {"token_mixer": ("mlp", {"hidden": 2 * 14**2})}
+# its maps for dense prediction come after blocks 4, 10 and 12
+_ORG_DENSE = _ORG | {"depths": (4, 6, 2), "dims": (768,) * 3, "taps": (0, 1, 2)}
 _LEVELS = {
     "raftmlp_s": _S,
     "raftmlp_m": _M,
@@ -420,6 +433,7 @@ _ISOTROPIC = {
 # for 32 x 32 images, with token weights laid out for 224
 _CIFAR = {
     "img_size": 32,
+    "weight_size": 224,
     "depths": (1,) * 4,
     "dims": (128, 128, 256, 256),
     "patch_sizes": (2, 1, 2, 1),
@@ -428,6 +442,7 @@ _CIFAR = {
 }
 _CIFAR_ORG = {
     "img_size": 32,
+    "weight_size": 224,
     "depths": (1,) * 4,
     "dims": (256,) * 4,
     "patch_sizes": (4,),
@@ -459,7 +474,7 @@ register_models(
 )
 register_models(
     RaftMLPBackbone,
-    {"raftmlp_org_mixer_b16_backbone": _ORG | {"taps": (3, 9, 11)}},
+    {"raftmlp_org_mixer_b16_backbone": _ORG_DENSE},
     **_DENSE,
     note="four maps of stride 16 for dense prediction; the first is the embedding of the patches",
 )

@@ -400,6 +400,6 @@ register_models(
 register_models(
     SVT,
     {f"svt_{size}_paper": _PAPER | row for size, row in _SIZES.items()},
-    note="the configuration that the published figures belong to; no weights were released",
+    note="the configuration that the published figures belong to",
     **_COMMON,
 )

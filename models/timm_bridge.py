@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import timm
@@ -98,34 +99,39 @@ def _weights_of(spec: ModelSpec, cfg: PretrainedCfg) -> Any:
     if cfg.state_dict or cfg.file:
         return cfg.state_dict or cfg.file
     release = f"{spec.name}.{cfg.tag}" if cfg.tag else spec.name
-    if not cfg.tag or not releases_of(spec.name)[release].has_weights:
-        raise RuntimeError(f"no pretrained weights were released for {release!r}")
+    known = releases_of(spec.name).get(release, Release())
+    if not known.has_weights:
+        note = f": {known.note}" if known.note else ""
+        raise RuntimeError(f"no pretrained weights can be downloaded for {release!r}{note}")
     return release
 
 
-def _build(spec: ModelSpec, cfg: PretrainedCfg, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Construct, load, and let timm wrap an image model for features."""
-    foreign = (*_NOT_CONFIG, "checkpoint_path") if spec.modality == "image" else ()
-    unknown = sorted(set(options) - set(skeleton_options(spec)) - set(foreign))
+def _construct(spec: ModelSpec, config: dict[str, Any], weights: Any, **arguments: Any) -> nn.Module:
+    """Make the model and load its weights, if any."""
+    model = spec.skeleton(**{**spec.row, **arguments})
+    model.config = config
+    if weights is not None:
+        from ..weights import load_checkpoint
+
+        load_checkpoint(model, weights)
+    return model
+
+
+def _config(spec: ModelSpec, name: str, options: dict[str, Any], extra: Sequence[str] = ()) -> dict[str, Any]:
+    """What rebuilds the model; raises for options that neither its skeleton nor ``extra`` has."""
+    unknown = sorted(set(options) - set(skeleton_options(spec)) - set(extra))
     if unknown:
         accepted = ", ".join(skeleton_options(spec))
         raise TypeError(f"{spec.name} has no argument {unknown[0]!r}; accepted: {accepted}")
+    return {"model": name, "options": {k: v for k, v in options.items() if k not in _NOT_CONFIG}}
+
+
+def _build(spec: ModelSpec, cfg: PretrainedCfg, weights: Any, options: dict[str, Any]) -> nn.Module:
+    """Construct, load, and let timm wrap the model for features."""
     name = f"{spec.name}.{cfg.tag}" if cfg.tag else spec.name
-    config = {"model": name, "options": {k: v for k, v in options.items() if k not in _NOT_CONFIG}}
-
-    def construct(**arguments: Any) -> nn.Module:
-        model = spec.skeleton(**{**spec.row, **arguments})
-        model.config = config
-        if weights is not None:
-            from ..weights import load_checkpoint
-
-            load_checkpoint(model, weights)
-        return model
-
-    if spec.modality != "image":
-        return construct(**options)
+    config = _config(spec, name, options, (*_NOT_CONFIG, "checkpoint_path"))
     return build_model_with_cfg(
-        construct,
+        partial(_construct, spec, config, weights),
         spec.name,
         pretrained=False,
         pretrained_cfg=dataclasses.replace(cfg, state_dict=None).to_dict(),
@@ -143,6 +149,12 @@ def build(spec: ModelSpec, release: str | None, *, pretrained: bool, checkpoint:
     """`create_model` with the name resolved."""
     if pretrained and checkpoint is not None:
         raise ValueError("give pretrained=True or checkpoint=, not both")
+    if spec.modality != "image":
+        # timm's factory knows images alone
+        if pretrained and release is None:
+            raise ValueError(f"no weights were released for {spec.name!r}")
+        config = _config(spec, release or spec.name, options)
+        return _construct(spec, config, release if pretrained else checkpoint, **options)
     tag = release.partition(".")[2] if release else ""
     cfg = PretrainedCfg(**_cfgs(spec)[tag], architecture=_NAMES.get(spec.name, spec.name), tag=tag or None)
     weights = _weights_of(spec, cfg) if pretrained else checkpoint

@@ -1,31 +1,35 @@
-"""From arguments to everything a run needs, checked before anything is written: data, model, recipe, settings."""
+"""From arguments to everything a run needs, checked before anything is written: what is the same for every task.
+
+A task of the command line is a `Kind`: its options' checks, its presets and a function that makes a `Plan`. The loop,
+the folder of the run and the command know nothing else of images, text or series.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-import mixzoo
-from mixzoo.mixers._registry import parse_spec
-from mixzoo.models._registry import RELEASES, ModelSpec, resolve_name
-from mixzoo.models.timm_bridge import skeleton_options
+from mixzoo.models._registry import resolve_name
 
-from ._classification import Pixels
-from ._data import ImageData, load_images
-from ._presets import PRESETS, Recipe, preset_for
+from ._recipes import Recipe
 from ._runs import RunFolder
-from ._training import LoopSettings
+from ._training import Loaders, LoopSettings, Task, Trainer
 
-# inputs up to this side shrink to nothing behind a stem of stride 4
-_SMALL_INPUT = 64
-_SMALL_STEM = {"stem_kernel": 3, "stem_stride": 1, "stem_padding": 1}
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: the model of its best epoch, and what was measured of it on the last split."""
+
+    trainer: Trainer
+    best: nn.Module
+    measured: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,47 @@ class Plan:
 
     Attributes:
         start: "scratch" or "tuned" (from weights).
-        batch_size: images of one process.
+        lines: what to tell of data and input before the run, by heading.
+        report: what to tell of the outcome.
+        curves: (value of the log, label) of every picture of `--plot`.
         described: all that decides the result, as JSON values; what `--resume` compares.
+        data: what a task wants to have again when several runs are told of together.
     """
 
-    data: ImageData
     net: nn.Module
-    preset: str
-    start: str
-    recipe: Recipe
-    pixels: Pixels
+    task: Task
+    loaders: Loaders
     loop: LoopSettings
     folder: RunFolder
+    preset: str
+    start: str
+    lines: Mapping[str, str]
+    report: Callable[[Outcome], str]
+    curves: Sequence[tuple[str, str]]
     described: dict[str, Any]
+    data: Any = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A task of the command line.
+
+    Attributes:
+        modality: of the models it trains. inputs: what these take, in words.
+        options: names of the arguments that it has and not every other task.
+        presets: recipes by (name, start).
+        plan: ``(args, (processes, precision)) -> Plan``; raises ValueError or TypeError naming the argument.
+        help: its part of ``--help``.
+        pool: what to tell of several runs together, those of `--repeat` and `--folds`, from plans and outcomes.
+    """
+
+    modality: str
+    inputs: str
+    options: frozenset[str]
+    presets: Mapping[tuple[str, str], Recipe]
+    plan: Callable[[argparse.Namespace, tuple[int, str]], Plan]
+    pool: Callable[[Sequence[Plan], Sequence[Outcome]], str]
+    help: str = ""
 
 
 def is_own_file(model: str) -> bool:
@@ -54,34 +86,37 @@ def is_own_file(model: str) -> bool:
     return model.endswith(".safetensors")
 
 
+def modality_of(model: str) -> str:
+    """What MODEL, a name or a file of ours, takes: "image", "text" or "series".
+
+    Raises:
+        ValueError: an unknown name, no such file, or a file that describes no model.
+    """
+    if not is_own_file(model):
+        return resolve_name(model)[0].modality
+    if not Path(model).is_file():
+        raise ValueError(f"MODEL {model}: no such file")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(model, "pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+        return resolve_name(config["model"])[0].modality
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(
+            f"MODEL {model} was not written by mixzoo.save; give a name and --checkpoint {model}"
+        ) from None
+
+
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError for arguments that exclude or need each other, or lack a package."""
-    model = args.model
-    if is_own_file(model):
-        if not Path(model).is_file():
-            raise ValueError(f"MODEL {model}: no such file")
-        clash = [
-            option
-            for option, value in (
-                ("--checkpoint", args.checkpoint),
-                ("--pretrained", args.pretrained),
-                ("--token-mixer", args.token_mixer),
-                ("--in-chans", args.in_chans),
-                ("--set", args.set),
-                ("--drop-path", args.drop_path),
-            )
-            if value
-        ]
+    """Raise ValueError for arguments that exclude or need each other, or lack a package, whatever the task."""
+    if is_own_file(args.model):
+        names = ("checkpoint", "pretrained", "token_mixer", "in_chans", "set", "drop_path")
+        clash = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name)]
         if clash:
             raise ValueError(f"{', '.join(clash)} cannot be given with a MODEL file, which holds the model as it is")
-    else:
-        spec, _ = resolve_name(model)
-        if spec.modality != "image":
-            raise ValueError(f"MODEL {model} takes {spec.modality}, not images")
     if args.checkpoint and not Path(args.checkpoint).is_file():
         raise ValueError(f"--checkpoint {args.checkpoint}: no such file")
-    if args.stem == "small" and start_of(args) == "tuned":
-        raise ValueError("--stem small makes another first convolution than the one the weights have; leave it out")
     if args.unfreeze_after is not None and not args.freeze:
         raise ValueError("--unfreeze-after needs --freeze")
     if args.freeze and start_of(args) == "scratch":
@@ -97,79 +132,97 @@ def start_of(args: argparse.Namespace) -> str:
     return "tuned" if args.pretrained or args.checkpoint or is_own_file(args.model) else "scratch"
 
 
-def make_plan(args: argparse.Namespace, processes: int, precision: str) -> Plan:
-    """Open the data, build the model and settle every value; writes nothing.
-
-    Raises:
-        ValueError, TypeError: a value that cannot be; the message names the argument or the model's option.
-    """
-    data = load_images(args.data, data_dir=args.data_dir, download=args.download)
-    start = start_of(args)
-    preset = preset_for(args.data, data.size, data.channels) if args.preset == "auto" else args.preset
-    recipe = _recipe(args, PRESETS[preset, start])
-    classes = len(data.class_names)
-    if args.num_classes is not None and args.num_classes < classes:
-        raise ValueError(f"--num-classes {args.num_classes} is less than the {classes} classes of --data {args.data}")
-    net = _build(args, recipe, data, start)
-    net.class_names = data.class_names if net.num_classes == classes else None
-    pixels = _pixels(net, data)
-    total_batch = recipe.batch_size * processes * args.accumulate
-    row = PRESETS[preset, start]
-    lr = args.lr if args.lr is not None else row.lr * total_batch / row.batch_size
-    loop = _loop(args, recipe, lr)
-    name = Path(args.model).stem if is_own_file(args.model) else args.model
-    described = {
-        "model": args.model,
-        "weights": args.checkpoint or bool(args.pretrained),
-        "data": args.data,
-        "classes": data.class_names,
-        "preset": preset,
-        "options": dict(net.config["options"]),
-        "recipe": {key: value for key, value in asdict(recipe).items() if key != "evidence"},
-        "pixels": asdict(pixels),
-        "loop": asdict(loop),
-        "processes": processes,
-        "precision": precision,
-    }
-    folder = RunFolder(args.output or Path("runs") / f"{name}-{data.name}")
-    return Plan(data, net, preset, start, recipe, pixels, loop, folder, described)
+R = TypeVar("R", bound=Recipe)
 
 
-def _loop(args: argparse.Namespace, recipe: Recipe, lr: float) -> LoopSettings:
-    return LoopSettings(
-        epochs=recipe.epochs,
-        lr=lr,
-        weight_decay=recipe.weight_decay,
-        optimizer=recipe.optimizer,
-        layer_decay=recipe.layer_decay,
-        warmup_epochs=recipe.warmup,
-        grad_clip=recipe.grad_clip,
-        ema=recipe.ema,
-        accumulate=args.accumulate,
-        freeze=args.freeze,
-        unfreeze_after=args.unfreeze_after,
-        seed=args.seed,
-        compile=args.compile,
-    )
-
-
-def _recipe(args: argparse.Namespace, row: Recipe) -> Recipe:
-    """The preset's row with what was given as options in place."""
-    names = "epochs batch_size weight_decay layer_decay warmup optimizer drop_path mixup cutmix smoothing ema grad_clip"
-    given = {name: getattr(args, name) for name in names.split() if getattr(args, name) is not None}
-    if args.stem is not None:
-        given["stem"] = args.stem
+def fill_recipe(args: argparse.Namespace, row: R, own: Sequence[str] = ()) -> R:
+    """The preset's row with what was given as options in place; ``own``: names of the task's own fields."""
+    names = "epochs batch_size weight_decay layer_decay schedule warmup optimizer drop_path ema grad_clip patience"
+    names = [*names.split(), *own]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     # a run shorter than the preset's keeps the share of its warm-up
     if "epochs" in given and "warmup" not in given:
         given["warmup"] = row.warmup * min(1.0, given["epochs"] / row.epochs)
     recipe = replace(row, **given)
     if recipe.warmup >= recipe.epochs:
         raise ValueError(f"--warmup {recipe.warmup:g} must be less than --epochs {recipe.epochs}")
-    if (recipe.mixup or recipe.cutmix) and recipe.batch_size % 2:
-        raise ValueError(f"--batch-size {recipe.batch_size} must be even: --mixup and --cutmix pair images")
     if args.unfreeze_after is not None and args.unfreeze_after >= recipe.epochs:
         raise ValueError(f"--unfreeze-after {args.unfreeze_after} must be less than --epochs {recipe.epochs}")
     return recipe
+
+
+def loop_settings(args: argparse.Namespace, recipe: Recipe, row: Recipe, processes: int) -> LoopSettings:
+    """Settings of the loop; without `--lr` the rate of the preset's ``row`` follows the batch of an update."""
+    batch = recipe.batch_size * processes * args.accumulate
+    return LoopSettings(
+        epochs=recipe.epochs,
+        lr=args.lr if args.lr is not None else row.lr * batch / row.batch_size,
+        weight_decay=recipe.weight_decay,
+        optimizer=recipe.optimizer,
+        layer_decay=recipe.layer_decay,
+        schedule=recipe.schedule,
+        warmup_epochs=recipe.warmup,
+        grad_clip=recipe.grad_clip,
+        ema=recipe.ema,
+        accumulate=args.accumulate,
+        freeze=args.freeze,
+        unfreeze_after=args.unfreeze_after,
+        patience=recipe.patience,
+        min_gain=recipe.min_gain,
+        seed=args.seed,
+        compile=args.compile,
+    )
+
+
+def describe_run(
+    args: argparse.Namespace,
+    net: nn.Module,
+    preset: str,
+    recipe: Recipe,
+    loop: LoopSettings,
+    machine: tuple[int, str],
+) -> dict[str, Any]:
+    """What decides the result, as far as it is the same for every task; ``machine``: processes and precision."""
+    return {
+        "model": args.model,
+        "weights": args.checkpoint or bool(args.pretrained),
+        "data": args.data,
+        "preset": preset,
+        "options": dict(net.config["options"]),
+        "recipe": {key: value for key, value in asdict(recipe).items() if key != "evidence"},
+        "loop": asdict(loop),
+        "processes": machine[0],
+        "precision": machine[1],
+    }
+
+
+def find_recipe(args: argparse.Namespace, presets: Mapping[tuple[str, str], R], auto: str) -> tuple[str, R]:
+    """Name and row of the preset: what was asked for, or ``auto``; for weights what it has, else as from scratch."""
+    preset = auto if args.preset == "auto" else args.preset
+    return preset, presets.get((preset, start_of(args))) or presets[preset, "scratch"]
+
+
+def check_parts(args: argparse.Namespace, net: nn.Module, recipe: Recipe) -> None:
+    """Raise ValueError for what needs parts that the model does not name: a head, groups of layers."""
+    if args.freeze and (not hasattr(net, "get_classifier") or net.get_classifier() is None):
+        raise ValueError(f"--freeze: {args.model} has no head to train alone")
+    if recipe.layer_decay < 1 and not hasattr(net, "group_matcher"):
+        raise ValueError(f"--layer-decay: {args.model} does not say which layers are above which")
+
+
+def run_folder(args: argparse.Namespace, data_name: str) -> RunFolder:
+    """The folder of the run: what was asked for, or runs/MODEL-DATA; one of several runs has a folder in there."""
+    name = Path(args.model).stem if is_own_file(args.model) else args.model
+    path = Path(args.output or Path("runs") / f"{name}-{data_name}")
+    path = path / f"seed{args.seed}" if args.repeat else path
+    return RunFolder(path if args.fold is None else path / f"fold{args.fold + 1}")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation of several runs."""
+    mean, count = sum(values) / len(values), len(values)
+    deviation = (sum((value - mean) ** 2 for value in values) / max(count - 1, 1)) ** 0.5
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -184,75 +237,3 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             options[key] = text
     return options
-
-
-def _build(args: argparse.Namespace, recipe: Recipe, data: ImageData, start: str) -> nn.Module:
-    """The model with its weights, for the data's classes; its `img_size` is the input size of the run."""
-    classes = args.num_classes or len(data.class_names)
-    size = (args.img_size[0], args.img_size[-1]) if args.img_size else None
-    if is_own_file(args.model):
-        return _open_own(args.model, classes, data, size)
-    options = parse_options(args.set)
-    if recipe.drop_path:
-        options.setdefault("drop_path_rate", recipe.drop_path)
-    spec, release = resolve_name(args.model)
-    if start == "scratch":
-        size = size or ((recipe.img_size, recipe.img_size) if recipe.img_size else data.size)
-        options = _stem(spec, recipe.stem, size) | options
-    elif size is None:
-        size = RELEASES[release].input_size[1:] if release else (224, 224)
-    net = mixzoo.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        checkpoint=args.checkpoint,
-        token_mixer=parse_spec(args.token_mixer) if args.token_mixer else None,
-        num_classes=classes,
-        in_chans=args.in_chans or (data.channels if start == "scratch" else 3),
-        img_size=size,
-        **options,
-    )
-    net.check_input_size(net.img_size)
-    return net
-
-
-def _stem(spec: ModelSpec, stem: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Options of the model's constructor for the first convolution."""
-    known = set(_SMALL_STEM) <= set(skeleton_options(spec))
-    if stem == "small" and not known:
-        raise ValueError(f"--stem small: {spec.name} has no {', '.join(_SMALL_STEM)}")
-    small = stem == "small" or (stem == "auto" and known and max(size) <= _SMALL_INPUT)
-    return dict(_SMALL_STEM) if small else {}
-
-
-def _open_own(path: str, classes: int, data: ImageData, size: tuple[int, int] | None) -> nn.Module:
-    """The model of a file of ours; a head for other classes than the data's is replaced."""
-    net = mixzoo.load(path)
-    if not hasattr(net, "get_classifier"):
-        raise ValueError(f"MODEL {path} is no classifier")
-    if size and size != tuple(net.img_size):
-        net.set_input_size(size)
-    if net.num_classes != classes or (net.class_names and net.class_names != data.class_names):
-        net.reset_classifier(classes)
-    return net
-
-
-def _pixels(net: nn.Module, data: ImageData) -> Pixels:
-    """Preprocessing: always the one the model is published with, so that a saved model needs no other."""
-    cfg = net.pretrained_cfg
-    channels, size = net.in_chans, tuple(net.img_size)
-    if channels not in (1, 3):
-        raise ValueError(f"MODEL takes {channels} channels; images have 1 or 3")
-
-    def fit(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(values) if len(values) == channels else (round(sum(values) / len(values), 4),) * channels
-
-    # small images are enlarged as a whole; of large ones the model's usual share is cropped
-    enlarged = max(data.size) <= min(size)
-    return Pixels(
-        channels=channels,
-        size=size,
-        mean=fit(cfg["mean"]),
-        std=fit(cfg["std"]),
-        interpolation=cfg["interpolation"],
-        crop_pct=1.0 if enlarged else cfg["crop_pct"],
-    )

@@ -1,4 +1,4 @@
-"""Recipes: what `mixzoo finetune --preset` stands for, one row for training from scratch and one for tuning weights.
+"""Recipes for images: what `--preset` stands for, one row for training from scratch and one for tuning weights.
 
 A figure stands here only if it was measured with the row as it is and the command beside it.
 """
@@ -9,45 +9,33 @@ from dataclasses import dataclass
 
 from ._classification import Augmentation
 from ._data import DIGITS
+from ._recipes import Recipe
 
 # the usual policy, with magnitudes kept from reaching 10: timm then asks for 0 bits a channel, which Pillow refuses
 _RANDAUGMENT = "rand-m9-mmax9-mstd0.5-inc1"
 
 
-@dataclass(frozen=True)
-class Recipe:
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe(Recipe):
     """Defaults of the options of the same names, and the augmentation.
 
     Attributes:
         img_size: input side in pixels; None for the size of the images, or the one the weights were trained at.
         stem: "patch": the model's own; "small": 3x3, stride 1; "auto": small for small inputs from scratch.
-        lr: for ``batch_size`` images an update; another batch scales it in proportion.
-        evidence: command, accuracy, hardware and time, as measured; empty if it was not.
     """
 
     img_size: int | None
-    epochs: int
-    batch_size: int
-    lr: float
     augmentation: Augmentation
     stem: str = "auto"
-    optimizer: str = "adamw"
-    weight_decay: float = 0.05
-    layer_decay: float = 1.0
-    warmup: float = 0.0
-    drop_path: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     smoothing: float = 0.1
-    ema: float = 0.0
-    grad_clip: float = 0.0
-    evidence: str = ""
 
 
 # (preset, start): start is "scratch" or "tuned", from weights
-PRESETS: dict[tuple[str, str], Recipe] = {
+PRESETS: dict[tuple[str, str], ImageRecipe] = {
     # handwriting has no mirror image and no crops; small shifts and turns are how writers differ
-    ("digits", "scratch"): Recipe(
+    ("digits", "scratch"): ImageRecipe(
         img_size=32,
         stem="patch",
         epochs=16,
@@ -61,7 +49,7 @@ PRESETS: dict[tuple[str, str], Recipe] = {
             "317 s on one thread of a busy 2-core machine"
         ),
     ),
-    ("digits", "tuned"): Recipe(
+    ("digits", "tuned"): ImageRecipe(
         img_size=None,
         epochs=10,
         batch_size=32,
@@ -72,7 +60,7 @@ PRESETS: dict[tuple[str, str], Recipe] = {
         grad_clip=1.0,
     ),
     # images of up to 64 pixels
-    ("cifar", "scratch"): Recipe(
+    ("cifar", "scratch"): ImageRecipe(
         img_size=None,
         epochs=200,
         batch_size=128,
@@ -84,7 +72,7 @@ PRESETS: dict[tuple[str, str], Recipe] = {
         cutmix=1.0,
         grad_clip=1.0,
     ),
-    ("cifar", "tuned"): Recipe(
+    ("cifar", "tuned"): ImageRecipe(
         img_size=None,
         epochs=10,
         batch_size=64,
@@ -96,7 +84,7 @@ PRESETS: dict[tuple[str, str], Recipe] = {
         grad_clip=1.0,
     ),
     # the recipe of arXiv:2111.11418 and arXiv:2210.13452
-    ("imagenet", "scratch"): Recipe(
+    ("imagenet", "scratch"): ImageRecipe(
         img_size=224,
         stem="patch",
         epochs=300,
@@ -108,7 +96,7 @@ PRESETS: dict[tuple[str, str], Recipe] = {
         mixup=0.8,
         cutmix=1.0,
     ),
-    ("imagenet", "tuned"): Recipe(
+    ("imagenet", "tuned"): ImageRecipe(
         img_size=None,
         epochs=20,
         batch_size=64,
@@ -133,13 +121,3 @@ def preset_for(source: str, size: tuple[int, int], channels: int) -> str:
     if source == DIGITS or (channels == 1 and max(size) <= _SMALL_IMAGE):
         return "digits"
     return "cifar" if max(size) <= _SMALL_IMAGE else "imagenet"
-
-
-def table() -> str:
-    """All presets as lines of text, for `--help`."""
-    lines = []
-    for (name, start), row in PRESETS.items():
-        values = f"{row.epochs} epochs, batch {row.batch_size}, lr {row.lr:g}, layer decay {row.layer_decay:g}"
-        lines.append(f"  {name:<9}{start:<8} {values}")
-        lines += [f"{'':20}{line}" for line in row.evidence.splitlines()]
-    return "\n".join(lines)

@@ -5,6 +5,7 @@
     best.safetensors   weights of the best epoch with the model's config and class names, for `mixzoo.load`
     last.pt            everything that is needed to go on (plain containers and tensors)
     curves.png         loss and accuracy, on request
+    forecasts.png      forecasts of a series
 
 Every file is written beside its place and moved there, so a reader or a killed run never sees half a file.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-_NAMES = ("run.json", "log.csv", "best.safetensors", "last.pt", "curves.png")
+_NAMES = ("run.json", "log.csv", "best.safetensors", "last.pt", "curves.png", "forecasts.png")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,8 +27,9 @@ from tqdm import tqdm
 
 from mixzoo import save
 
-from ._data import EpochSampler, seed_of
+from ._data import seed_of
 from ._runs import RunFolder, StopRequest
+from ._schedules import SCHEDULES, set_rates
 
 # steps between two looks at the loss, and of several processes at each other: both wait for the device
 _LOOK_EVERY = 10
@@ -42,12 +42,14 @@ class LoopSettings:
     Attributes:
         lr: peak learning rate, of the head if ``layer_decay`` < 1.
         layer_decay: factor of the learning rate from one layer group to the one below it; 1 for the same everywhere.
-        warmup_epochs: epochs of linear warm-up, part of ``epochs``; a cosine to 1 % of ``lr`` follows.
+        schedule: name in `SCHEDULES`. warmup_epochs: epochs of warm-up, part of ``epochs``.
         grad_clip: largest norm of the gradient, 0 for no limit.
         ema: decay of the averaged weights, which are then measured and saved; 0 for none.
         accumulate: batches per update.
         freeze: train the classifier only; the rest stays in eval mode.
         unfreeze_after: epochs after which ``freeze`` ends, None for never.
+        patience: epochs without a new best value after which the run ends, None for never; ``min_gain``: what counts
+            as one.
     """
 
     epochs: int
@@ -55,19 +57,24 @@ class LoopSettings:
     weight_decay: float
     optimizer: str = "adamw"
     layer_decay: float = 1.0
+    schedule: str = "cosine"
     warmup_epochs: float = 0.0
     grad_clip: float = 0.0
     ema: float = 0.0
     accumulate: int = 1
     freeze: bool = False
     unfreeze_after: int | None = None
+    patience: int | None = None
+    min_gain: float = 0.0
     seed: int = 0
     compile: bool = False
 
 
 @dataclass(frozen=True)
 class Loaders:
-    """Batches of a task; ``sampler`` draws the training batches, ``batch_size`` is that of one process.
+    """Batches of a task; ``batch_size`` is that of one process.
+
+    ``sampler`` draws the training batches of its ``epoch`` from item ``start`` on, see `EpochSampler`.
 
     ``val_name`` is what the data calls the split that is measured after every epoch.
     """
@@ -75,7 +82,7 @@ class Loaders:
     train: DataLoader
     val: DataLoader
     test: DataLoader | None
-    sampler: EpochSampler
+    sampler: Any
     batch_size: int
     val_name: str = "val"
 
@@ -165,16 +172,6 @@ class Trainer:
         self.test_loader = accelerator.prepare(loaders.test) if loaders.test else None
         self.steps_per_epoch = len(self.train_loader)
         self._updates_per_epoch = math.ceil(self.steps_per_epoch / settings.accumulate)
-        self._scheduler, _ = create_scheduler_v2(
-            self._optimizer,
-            sched="cosine",
-            num_epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            warmup_lr=settings.lr * 1e-3,
-            min_lr=settings.lr * 1e-2,
-            step_on_epochs=False,
-            updates_per_epoch=self._updates_per_epoch,
-        )
         self._scaler_state: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +208,7 @@ class Trainer:
         """Train to the last epoch. False if a stop was asked for: last.pt then holds the state of that moment."""
         self._wrap()
         with StopRequest() as self._stop:
-            while self.epoch < self.settings.epochs:
+            while self.epoch < self.settings.epochs and not self.stalled:
                 if not (self._train_epoch() and self._finish_epoch()):
                     self._write_state()
                     return False
@@ -239,6 +236,17 @@ class Trainer:
         return self.ema.module if self.ema else self.model
 
     @property
+    def stalled(self) -> bool:
+        """Whether the last ``patience`` epochs brought no new best value."""
+        patience, sign = self.settings.patience, 1 if self.task.higher_is_better else -1
+        best, at = -math.inf, 0
+        for row in self.history:
+            value = sign * row[f"val_{self.task.metric}"]
+            if value > best + self.settings.min_gain:
+                best, at = value, row["epoch"]
+        return patience is not None and self.epoch - at >= patience
+
+    @property
     def _updates(self) -> int:
         return self.epoch * self._updates_per_epoch + math.ceil(self.step / self.settings.accumulate)
 
@@ -251,7 +259,13 @@ class Trainer:
             self.model = torch.compile(self.model)
         if self._scaler_state is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
-        self._scheduler.step_update(self._updates)
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Learning rates for the next update."""
+        settings, updates = self.settings, self._updates_per_epoch
+        rates = SCHEDULES[settings.schedule](self._updates, settings.epochs * updates, settings.warmup_epochs * updates)
+        set_rates(self._optimizer, settings.lr, *rates)
 
     def _freeze(self) -> bool:
         """Set which parameters learn in this epoch; whether the backbone is frozen."""
@@ -298,7 +312,7 @@ class Trainer:
         self.step += 1
         self._pending.append((batch_length(batch), {"loss": loss.detach(), **means}))
         if self.accelerator.sync_gradients:
-            self._scheduler.step_update(self._updates)
+            self._set_rates()
             if self.ema:
                 self.ema.update(self.net, step=self._updates)
 
@@ -348,31 +362,36 @@ class Trainer:
         value = values[self.task.metric]
         if self.best is None or (value > self.best[0] if self.task.higher_is_better else value < self.best[0]):
             self.best = (value, self.epoch)
+        # every process keeps the history: all must agree on when to stop
+        self.history.append(self._row(lr, values, time.perf_counter() - started))
         if self.accelerator.is_main_process:
-            self._record(lr, values, time.perf_counter() - started)
+            self._record(values)
         self._sums, self._seconds = defaultdict(float), 0.0
         self._write_state()
         self.accelerator.wait_for_everyone()
         return True
 
-    def _record(self, lr: float, values: Mapping[str, float], measuring: float) -> None:
-        means = self._means()
-        row = {
+    def _row(self, lr: float, values: Mapping[str, float], measuring: float) -> dict[str, Any]:
+        """The epoch's line of the log."""
+        return {
             "epoch": self.epoch,
             "lr": lr,
-            **{f"train_{name}": mean for name, mean in means.items()},
+            **{f"train_{name}": mean for name, mean in self._means().items()},
             **{f"val_{name}": value for name, value in values.items()},
             "seconds": round(self._seconds + measuring, 3),
             f"{self.task.items}_per_second": round(self._sums["items"] / self._seconds, 1),
         }
-        self.history.append(row)
+
+    def _record(self, values: Mapping[str, float]) -> None:
+        """Save the best model, write the log and tell of the epoch."""
+        row = self.history[-1]
         if self.best[1] == self.epoch:
             save(self.ema.module if self.ema else self.net, self.folder.best)
         self.folder.write_log(self.history)
         print(
             f"epoch {self.epoch:>{len(str(self.settings.epochs))}}/{self.settings.epochs}: "
-            f"train {self.task.describe(means)} | {self._val_name} {self.task.describe(values)} | "
-            f"lr {lr:.1e}, {row['seconds']:.0f} s{' *' if self.best[1] == self.epoch else ''}",
+            f"train {self.task.describe(self._means())} | {self._val_name} {self.task.describe(values)} | "
+            f"lr {row['lr']:.1e}, {row['seconds']:.0f} s{' *' if self.best[1] == self.epoch else ''}",
             flush=True,
         )
 

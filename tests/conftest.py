@@ -4,6 +4,7 @@ A test that takes one of these arguments runs once for each of its values:
 
     model_name        every registered model
     model_kind        one name of those that differ in depths, widths and other numbers alone
+    image_kind        those of images
     classifier_name   every image classifier, that is, every model in timm's registry
     classifier_kind   one of a kind of them
 """
@@ -21,7 +22,17 @@ import mixzoo
 from mixzoo.models._registry import MODELS
 
 # what a small model overrides of its row
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40), "depth": 4, "dim": 32, "proj_drop_rate": 0.0}
+SMALL = {
+    "depths": (1, 1, 1, 1),
+    "dims": (16, 24, 32, 40),
+    "depth": 4,
+    "dim": 32,
+    "max_length": 40,
+    "vocab_size": 160,
+    "drop_rate": 0.0,
+    "weight_size": 64,
+    "proj_drop_rate": 0.0,
+}
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
@@ -34,10 +45,12 @@ def _kinds(names: Sequence[str]) -> list[str]:
 
 
 _NAMES = mixzoo.list_models()
-_CLASSIFIERS = [name for name in _NAMES if MODELS[name].modality == "image" and MODELS[name].timm]
+_IMAGES = [name for name in _NAMES if MODELS[name].modality == "image"]
+_CLASSIFIERS = [name for name in _IMAGES if MODELS[name].timm]
 _PARAMETERS = {
     "model_name": _NAMES,
     "model_kind": _kinds(_NAMES),
+    "image_kind": _kinds(_IMAGES),
     "classifier_name": _CLASSIFIERS,
     "classifier_kind": _kinds(_CLASSIFIERS),
 }
@@ -64,7 +77,7 @@ def shrink() -> Callable[[str], dict]:
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[nn.Module], nn.Module]:
-    """``randomise(model)``: give every parameter a value that depends on its name alone.
+    """``randomise(model)``: give every weight a value that depends on its name alone.
 
     Scales that start at zero or one would hide what is missing. Names are the same inside timm's feature wrappers;
     scales keep their mean; matrices keep the size of what passes through them.
@@ -72,7 +85,12 @@ def randomise() -> Callable[[nn.Module], nn.Module]:
 
     def run(model: nn.Module) -> nn.Module:
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
+            frozen = (
+                (f"{prefix}.{name}", getattr(module, name))
+                for prefix, module in model.named_modules()
+                for name in getattr(module, "frozen_weights", ())
+            )
+            for name, parameter in (*model.named_parameters(), *frozen):
                 if parameter.device.type == "meta":
                     continue
                 name = name.removeprefix("model.").replace("stages_", "stages.")

@@ -72,7 +72,7 @@ def load_whole(module: torch.nn.Module, state: dict) -> torch.nn.Module:
 def test_model(name):
     fixture, state, x = open_fixture(name)
     model = load_whole(mixzoo.create_model(name), state)
-    assert sum(p.numel() for p in model.parameters()) == fixture["parameters"]
+    assert sum(weight.numel() for weight in model.state_dict().values()) == fixture["parameters"]
     features = model.forward_features(x)
     logits = model.forward_head(features)
     outputs = {"logits": logits, "features": features, "pooled": model.forward_head(features, pre_logits=True)}

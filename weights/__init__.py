@@ -3,7 +3,20 @@
 One file per family registers its releases and its layouts; `_rules` is the engine that reads them in both directions.
 """
 
-from . import affnet, gfnet, metaformer_baselines, mlp_mixer, ninformer, poolformer, raftmlp, svt, timemixer
+from . import (
+    affnet,
+    fnet,
+    gfnet,
+    iformer,
+    metaformer_baselines,
+    mlp_mixer,
+    ninformer,
+    ponet,
+    poolformer,
+    raftmlp,
+    svt,
+    timemixer,
+)
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
 from ._load import LoadReport, load_checkpoint, load_pretrained
@@ -21,13 +34,16 @@ __all__ = [
     "export",
     "fetch",
     "find_release",
+    "fnet",
     "gfnet",
+    "iformer",
     "load",
     "load_checkpoint",
     "load_pretrained",
     "metaformer_baselines",
     "mlp_mixer",
     "ninformer",
+    "ponet",
     "poolformer",
     "raftmlp",
     "save",

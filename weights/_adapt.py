@@ -25,11 +25,15 @@ IMAGENET_1K = 1000
 
 @dataclass
 class Plan:
-    """What to copy into the model, and what happened to everything else; keys are the model's unless unexpected."""
+    """What to copy into the model, and what happened to everything else; keys are the model's unless unexpected.
+
+    `untied` are tensors that the model has once its ``untie`` was called.
+    """
 
     tensors: dict[str, Tensor]
     fresh: dict[str, str] = field(default_factory=dict)
     adapted: dict[str, str] = field(default_factory=dict)
+    untied: dict[str, Tensor] = field(default_factory=dict)
     ignored: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -109,7 +113,10 @@ def fit_grid(model: nn.Module, plan: Plan, grids: Mapping[str, Sequence[int]]) -
         elif old != new:
             resized = resize(source, old, new)
             plan.tensors.update({f"{name}.{key}" if name else key: tensor for key, tensor in resized.items()})
-            plan.adapted[name or "the mixer"] = f"resized from grid {_times(old)} to {_times(new)}"
+            note = getattr(module, "resize_note", "")
+            plan.adapted[name or "the mixer"] = (
+                f"resized from grid {_times(old)} to {_times(new)}{note and ', ' + note}"
+            )
 
 
 def _fit_position(name: str, module: nn.Module, plan: Plan) -> None:
@@ -164,9 +171,7 @@ def classifier_of(model: nn.Module) -> tuple[str, nn.Module] | None:
     if not hasattr(model, "get_classifier"):
         return None
     classifier = model.get_classifier()
-    if classifier is None:
-        return None
-    return next((name, module) for name, module in model.named_modules() if module is classifier)
+    return next(((name, module) for name, module in model.named_modules() if module is classifier), None)
 
 
 def _class_layers(prefix: str, classifier: nn.Module) -> list[str]:
@@ -187,6 +192,38 @@ def shape_options(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
     if conv is not None and f"{conv[0]}.weight" in tensors:
         options["in_chans"] = tensors[f"{conv[0]}.weight"].shape[1]
     return options
+
+
+def fit_ties(model: nn.Module, plan: Plan) -> None:
+    """Sort out tensors that are tied in the model and apart in the source, or the other way round.
+
+    A model lists them in ``tied_keys``. A copy in the source is left out, and one with other values is kept for
+    `Plan.untied`; an untied model takes the values of the tensor that its own is tied to in the source.
+    """
+    names = model.state_dict().keys()
+    for key, origin in getattr(model, "tied_keys", {}).items():
+        have, theirs = plan.tensors.get(key), plan.tensors.get(origin)
+        if key in names and have is None and theirs is not None:
+            plan.tensors[key] = theirs
+            plan.adapted[key] = f"copied from {origin}, to which it is tied in the source"
+        if key in names or have is None or theirs is None or origin not in names:
+            continue
+        if torch.equal(have, theirs):
+            plan.drop([key], f"tied to {origin}")
+        elif have.shape == theirs.shape and hasattr(model, "untie") and key.endswith(".weight"):
+            plan.untied[key] = plan.tensors.pop(key)
+
+
+def fit_parts(model: nn.Module, plan: Plan) -> None:
+    """Leave out and leave fresh the parts that only one side has, of those that a model lists as ``optional_parts``."""
+    names = model.state_dict().keys()
+    for part in getattr(model, "optional_parts", ()):
+        ours = {key for key in names if key.startswith(part + ".")}
+        theirs = [key for key in plan.tensors if key.startswith(part + ".")]
+        if theirs and not ours:
+            plan.drop(theirs, f"the model has no part {part!r}")
+        elif ours and not theirs:
+            plan.fresh.update(dict.fromkeys(ours, f"the source has no part {part!r}"))
 
 
 def fit_input(model: nn.Module, plan: Plan) -> None:

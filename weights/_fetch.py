@@ -48,7 +48,7 @@ def fetch(name: str) -> Path:
             continue
         _verify(path, release, full)
         return path
-    tried = "; ".join(failures) or "the release has no address"
+    tried = "; ".join(failures) or f"the release has no address; {release.note}".rstrip("; ")
     raise CheckpointError(
         f"could not download {full} ({tried}). Download it by hand"
         f"{' from ' + release.url if release.url else ''} and give the path of the file instead"

@@ -149,12 +149,14 @@ def plan_load(model: nn.Module, contents: Contents, strict: bool) -> tuple[LoadR
     saved = json.loads(contents.metadata.get("config", "{}")).get("options", {}) if layout is OWN else {}
     _adapt.fit_grid(model, plan, json.loads(contents.metadata.get("grids", "{}")))
     _adapt.fit_input(model, plan)
+    _adapt.fit_ties(model, plan)
+    _adapt.fit_parts(model, plan)
     _adapt.fit_head(model, plan, headless=saved.get("num_classes") == 0)
     if _mixers(_options(model)) not in (None, _mixers(saved)):
         _adapt.leave_swapped(model, plan)
     _adapt.account(model, plan, unknown, strict)
     _raise_problems(model, contents, layout, plan, unknown)
-    loaded = tuple(key for key in model.state_dict() if key in plan.tensors)
+    loaded = tuple(key for key in model.state_dict() if key in plan.tensors) + tuple(plan.untied)
     activation = layout.activation or saved.get("act")
     accounts = (plan.fresh, plan.adapted, plan.ignored)
     return LoadReport(contents.name, layout.name, layout.title, loaded, *accounts, activation), plan
@@ -243,10 +245,13 @@ def commit(model: nn.Module, report: LoadReport, plan: Plan, provenance: Mapping
     if fresh and "num_classes" not in _options(model):
         # asked for by nobody: the default number of classes met a source with another one
         warnings.warn(f"{report.source}: {fresh[0]}; give num_classes= when creating the model", stacklevel=3)
+    if plan.untied:
+        model.untie()
+        model.config.setdefault("options", {})["tie_embeddings"] = False
     targets = model.state_dict()
     with torch.no_grad():
         for key in report.loaded:
-            targets[key].copy_(plan.tensors[key])
+            targets[key].copy_(plan.tensors[key] if key in plan.tensors else plan.untied[key])
     if report.activation is not None and hasattr(model, "set_activation") and model.act != report.activation:
         model.set_activation(report.activation)
         model.config.setdefault("options", {})["act"] = report.activation

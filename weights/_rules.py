@@ -195,6 +195,12 @@ def under(theirs: str, ours: str, rules: Iterable[Rule | Sequence]) -> list[Rule
     return placed
 
 
+def _near(value: Tensor, want: Tensor) -> bool:
+    """Whether a stored constant is the right one, as far as its dtype can say."""
+    tolerance = max(1e-6, torch.finfo(value.dtype).eps) if value.is_floating_point() else 0.0
+    return value.is_meta or torch.allclose(value.to(want), want, rtol=0, atol=tolerance)
+
+
 @dataclass(frozen=True)
 class Converted:
     """A state dict in our names.
@@ -226,6 +232,8 @@ class Layout:
         fresh: (pattern of our key, reason): parameters that this layout never holds and that keep their values.
         activation: form of GELU that this publisher's network has, which a model that leaves the choice takes on.
         bridge: its keys are ours too, of another form of the model (a classifier's for a dense-prediction form).
+        constants: from a state dict of theirs, the tensors that it holds by construction, whatever the weights: dead
+            keys, which must have these values in a source and which `export` writes.
         rebuild: makes dead tensors that the authors' code asks for, from its other tensors, when weights are exported.
     """
 
@@ -236,6 +244,7 @@ class Layout:
     fresh: Sequence[tuple[str, str]] = ()
     activation: str | None = None
     bridge: bool = False
+    constants: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
     rebuild: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
 
     @cached_property
@@ -260,7 +269,11 @@ class Layout:
         return None
 
     def convert(self, state: Mapping[str, Tensor]) -> Converted:
-        """Translate their state dict to ours."""
+        """Translate their state dict to ours.
+
+        Raises:
+            CheckpointError: a constant of this layout has another value.
+        """
         tensors, dead, reasons, unknown, optional = {}, {}, {}, [], {}
         for key, tensor in state.items():
             found = self.find(key)
@@ -273,7 +286,16 @@ class Layout:
                 continue
             tensors.update(zip(names, rule.load(tensor), strict=True))
             optional.update(dict.fromkeys(names, rule.why) if rule.why else {})
+        self._check_constants(state)
         return Converted(tensors, dead, reasons, tuple(unknown), optional)
+
+    def _check_constants(self, state: Mapping[str, Tensor]) -> None:
+        for key, want in self.constants(state).items() if self.constants else ():
+            value = state.get(key, want)
+            if value.shape != want.shape or not _near(value, want):
+                raise CheckpointError(
+                    f"{key} is not the constant that the layout {self.name!r} ({self.title}) has there"
+                )
 
     def unnamed(self, state: Mapping[str, Tensor]) -> list[str]:
         """Our keys that have no name in this layout."""
@@ -299,7 +321,8 @@ class Layout:
                 raise CheckpointError(f"layout {self.name!r} stores {', '.join(names)} together, without {absent[0]}")
             theirs[rule.source.fill(values)] = rule.via.save(*(state[name] for name in names)).contiguous()
             done.update(names)
-        return {**(self.rebuild(theirs) if self.rebuild else {}), **theirs, **(dead or {})}
+        made = {**(self.rebuild(theirs) if self.rebuild else {}), **theirs}
+        return {**made, **(self.constants(theirs) if self.constants else {}), **(dead or {})}
 
     def _find_ours(self, key: str, state: Mapping[str, Tensor]) -> tuple[Rule, Values] | None:
         for rule in self.table:

@@ -32,6 +32,8 @@ _PRESENT = {
     "num_classes": "num_classes",
     "in_chans": "in_chans",
     "img_size": "img_size",
+    "max_length": "max_length",
+    "head": "head_kind",
     "global_pool": "head.global_pool.pool_type",
 }
 

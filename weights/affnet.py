@@ -69,7 +69,7 @@ _BLOCK = [
     *_conv("fusion", "fuse.conv", "fuse.bn"),
 ]
 _MODEL = [
-    *_conv("conv_1", "stem.conv", "stem.bn"),
+    *_conv("conv_1", "stem.embed.conv", "stem.embed.bn"),
     *under("layer_{s+1}.{i}.", "stages.{s}.convs.{i}.", _INVERTED),
     *under("layer_{s+1}.1.", "stages.{s}.mix.", _BLOCK),
     *_conv("conv_1x1_exp", "stages.4.expand.conv", "stages.4.expand.bn"),

@@ -84,6 +84,13 @@ _HIERARCHY = [
 # one level is a chain of stages of one block
 _CHAIN = under("levels.0.fn.{i+2}.", "stages.{i}.blocks.0.", _RAFT)
 _ORG_CHAIN = under("levels.0.fn.{i+2}.", "stages.{i}.blocks.0.", _ORG)
+# where the form for dense prediction has these blocks: in three stages, whose maps are taken
+_PLACES = [(stage, block) for stage, depth in enumerate((4, 6, 2)) for block in range(depth)]
+_ORG_STAGES = [
+    rule
+    for i, (stage, block) in enumerate(_PLACES)
+    for rule in under(f"levels.0.fn.{i + 2}.", f"stages.{stage}.blocks.{block}.", _ORG)
+]
 _CIFAR = [
     *_windows(0, "stem.", (2, 4, 8)),
     *_windows(1, "stages.2.downsample.", (2, 4)),
@@ -93,6 +100,7 @@ _CIFAR = [
     *under("levels.1.fn.3.", "stages.3.blocks.0.", _RAFT),
 ]
 _HEAD = [("heads.0.1.{p:weight|bias}", "head.norm.{p}"), ("classifier.{p:weight|bias}", "head.fc.{p}")]
+_NO_HEAD = [(f"{part}.{{rest:*}}", None, "dense prediction has no classifier") for part in ("heads", "classifier")]
 
 
 def _shortcut(last: int) -> list:
@@ -106,25 +114,44 @@ def _shortcut(last: int) -> list:
 
 
 _ONE_SCALE, _MANY_SCALES = "levels.0.fn.1.weight", "levels.0.fn.0.fc.weight"
-_TWELFTH = "levels.0.fn.13.3.fn.0.weight"
+_TWELFTH, _ORG_MARK = "levels.0.fn.13.3.fn.0.weight", "levels.0.fn.2.3.norm.weight"
+_16 = _patches(0, "stem.", 16)
+# title, keys that mark it, rules, rules of the form for dense prediction where there is one
 _BODIES = [
-    ("several scales", (_MANY_SCALES, "levels.1.fn.0.fc.weight"), _SCALES),
-    ("hierarchy", (_ONE_SCALE, "levels.3.fn.1.weight"), _HIERARCHY),
-    ("one level", (_ONE_SCALE, _TWELFTH, "levels.0.fn.2.5.norm.weight"), [*_patches(0, "stem.", 16), *_CHAIN]),
-    ("one level, two scales", (_MANY_SCALES, _TWELFTH), [*_windows(0, "stem.", (16, 32)), *_CHAIN]),
-    ("MLP-Mixer", (_ONE_SCALE, _TWELFTH, "levels.0.fn.2.3.norm.weight"), [*_patches(0, "stem.", 16), *_ORG_CHAIN]),
-    ("CIFAR", (_MANY_SCALES, "levels.1.fn.0.fc.weight"), _CIFAR),
-    ("MLP-Mixer for CIFAR", (_ONE_SCALE, "levels.0.fn.2.3.norm.weight"), [*_patches(0, "stem.", 4), *_ORG_CHAIN]),
+    ("several scales", (_MANY_SCALES, "levels.1.fn.0.fc.weight"), _SCALES, _SCALES),
+    ("hierarchy", (_ONE_SCALE, "levels.3.fn.1.weight"), _HIERARCHY, _HIERARCHY),
+    ("one level", (_ONE_SCALE, _TWELFTH, "levels.0.fn.2.5.norm.weight"), [*_16, *_CHAIN], None),
+    ("one level, two scales", (_MANY_SCALES, _TWELFTH), [*_windows(0, "stem.", (16, 32)), *_CHAIN], None),
+    ("MLP-Mixer", (_ONE_SCALE, _TWELFTH, _ORG_MARK), [*_16, *_ORG_CHAIN], [*_16, *_ORG_STAGES]),
+    ("CIFAR", (_MANY_SCALES, "levels.1.fn.0.fc.weight"), _CIFAR, None),
+    ("MLP-Mixer for CIFAR", (_ONE_SCALE, _ORG_MARK), [*_patches(0, "stem.", 4), *_ORG_CHAIN], None),
 ]
 
-for _title, _marks, _rules in _BODIES:
-    _dense = under("", "body.", _rules)
-    register_layouts(
-        [
-            Layout("raft-mlp", f"okojoalg/raft-mlp, {_title}", (*_marks, "classifier.weight"), [*_rules, *_HEAD]),
-            Layout("raft-mlp", f"okojoalg/raft-mlp, {_title}, dense prediction", _marks, _dense),
-        ]
-    )
+for _title, _marks, _rules, _dense in _BODIES:
+    _name = f"okojoalg/raft-mlp, {_title}"
+    register_layouts([Layout("raft-mlp", _name, (*_marks, "classifier.weight"), [*_rules, *_HEAD])])
+    if _dense is not None:
+        register_layouts(
+            [Layout("raft-mlp", f"{_name}, dense prediction", _marks, [*under("", "body.", _dense), *_NO_HEAD])]
+        )
+register_layouts(
+    [
+        Layout(
+            "classifier",
+            "RaftMLP's MLP-Mixer for dense prediction",
+            ("stages.11.blocks.0.channel.op.fc1.weight",),
+            [
+                ("stem.{rest:*}", "body.stem.{rest}"),
+                *(
+                    (f"stages.{i}.blocks.0.{{rest:*}}", f"body.stages.{s}.blocks.{j}.{{rest}}")
+                    for i, (s, j) in enumerate(_PLACES)
+                ),
+                ("head.{rest:*}", None, "dense prediction has no classifier"),
+            ],
+            bridge=True,
+        )
+    ]
+)
 for _last in (1, 3):
     _marks = (_MANY_SCALES, f"heads.{_last}.1.weight", "classifier.weight")
     _rules = [*under("", "body.", _SCALES), *_shortcut(_last)]

@@ -1,12 +1,42 @@
-"""Key layout of SVT (badripatro/svt at fcbc9b3, arXiv:2311.01310).
+"""Published figures and key layout of SVT (badripatro/svt at fcbc9b3, arXiv:2311.01310).
 
-Its authors released no weights, and their repository states no licence. The layout is that of the files their training
-script writes. The wavelet filters that it stores are constants here.
+Its authors released no weights, and their repository states no licence: what is listed here are figures. The layout is
+that of the files their training script writes. The wavelet filters that it stores are constants here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..mixers._dtcwt import first_filters, tree_filters
+from ..models._registry import Release, register_releases
 from ._rules import Layout, Transform, register_layouts, under
+
+# architecture: published parameters (M), multiply-adds (G), ImageNet-1k top-1 with token labels
+_FIGURES = {
+    "svt_s_paper": (22.0, 3.9, 84.2),
+    "svt_b_paper": (32.8, 6.3, 85.2),
+    "svt_l_paper": (54.0, 12.7, 85.7),
+}
+
+register_releases(
+    {
+        f"{arch}.svt_in1k": Release(
+            crop_pct=0.96,
+            top1=top1,
+            params_m=params_m,
+            gmacs=gmacs,
+            note=(
+                "no weights were released; the published multiply-adds are those of layers alone and leave out the "
+                "wavelet transforms, the complex networks and the two products of attention"
+            ),
+        )
+        for arch, (params_m, gmacs, top1) in _FIGURES.items()
+    }
+)
 
 _FILTERS = "a constant filter of the wavelet transform"
 
@@ -30,6 +60,25 @@ _BLOCK = [
     ("mlp.{l:fc1|fc2}.{p:weight|bias}", "channel.op.{l}.{p}"),
     ("mlp.dwconv.dwconv.{p:weight|bias}", "channel.op.dwconv.{p}"),
 ]
+
+
+def _filter_bank(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Filters that every scattering mixer of a state dict stores, as columns and with their taps backwards."""
+    bank = {}
+    for name, letter, inverse in (("xfm", "h", False), ("ifm", "g", True)):
+        low, high = first_filters("near_sym_b", inverse)
+        trees = tree_filters("qshift_b", inverse)
+        bank |= {f"{name}.{letter}0o": low, f"{name}.{letter}1o": high}
+        for band, number in (("low", 0), ("high", 1)):
+            bank |= {f"{name}.{letter}{number}{tree}": trees[f"{band}_{tree}"][::-1] for tree in "ab"}
+    mark = "complex_weight_ll"
+    mixers = [key.removesuffix(mark) for key in state if key.endswith(mark)]
+    columns = {
+        name: torch.tensor(taps, dtype=torch.float64).float().reshape(1, 1, -1, 1) for name, taps in bank.items()
+    }
+    return {mixer + name: column.clone() for mixer in mixers for name, column in columns.items()}
+
+
 _BATCH_NORM = "{p:weight|bias|running_mean|running_var|num_batches_tracked}"
 _MODEL = [
     ("patch_embed1.conv.{3i}.weight", "stem.convs.{i}.conv.weight"),
@@ -47,7 +96,15 @@ _MODEL = [
 
 register_layouts(
     [
-        Layout("svt", "badripatro/svt", ("patch_embed1.conv.0.weight", "post_network.0.attn.q.weight"), _MODEL),
-        Layout("svt", "badripatro/svt, one scattering mixer", ("complex_weight_ll",), _SCATTERING),
+        Layout(
+            "svt",
+            "badripatro/svt",
+            ("patch_embed1.conv.0.weight", "post_network.0.attn.q.weight"),
+            _MODEL,
+            constants=_filter_bank,
+        ),
+        Layout(
+            "svt", "badripatro/svt, one scattering mixer", ("complex_weight_ll",), _SCATTERING, constants=_filter_bank
+        ),
     ]
 )

@@ -1,0 +1,110 @@
+"""Parts of convolutional mixers and blocks on channels-last maps ``(B, *grid, C)``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layers import Linear
+
+_CONVS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
+_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+def conv_class(rank: int) -> type[nn.Module]:
+    """The convolution over grids of that rank."""
+    return _CONVS[rank][0]
+
+
+def convolve(rank: int):
+    """The function of the convolution over grids of that rank."""
+    return _CONVS[rank][1]
+
+
+def batch_norm(rank: int, dim: int, *, device=None, dtype=None) -> nn.Module:
+    """Batch norm over ``(B, C, *grid)``."""
+    return _NORMS[rank](dim, device=device, dtype=dtype)
+
+
+class LinearNorm(nn.Module):
+    """Linear layer without bias and batch norm, a 1x1 convolution: ``(B, H, W, C) -> (B, H, W, C')``."""
+
+    def __init__(self, in_chans: int, out_chans: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc = Linear(in_chans, out_chans, bias=False, **dd)
+        self.norm = nn.BatchNorm2d(out_chans, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.fc(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ResidualDepthwise(nn.Module):
+    """x + depthwise convolution of x, as one convolution: the skip is a one in the middle of the kernel.
+
+    Args:
+        dim: channels C.
+        kernel: odd sides of the kernel, one for each axis of the grid.
+        bias: whether the convolution has one.
+
+    Shapes: ``(B, *grid, C) -> (B, *grid, C)``.
+    """
+
+    def __init__(self, dim: int, *, kernel: Sequence[int] = (3, 3), bias: bool = True, device=None, dtype=None):
+        super().__init__()
+        padding, dd = tuple(k // 2 for k in kernel), {"device": device, "dtype": dtype}
+        self.conv = conv_class(len(kernel))(dim, dim, tuple(kernel), padding=padding, groups=dim, bias=bias, **dd)
+        self._convolve = convolve(len(kernel))
+        self._edges = [k // 2 for k in reversed(kernel) for _ in range(2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        one = conv.weight.new_ones((1,) * conv.weight.ndim)
+        weight = conv.weight + F.pad(one, self._edges)
+        y = self._convolve(x.movedim(-1, 1), weight, conv.bias, padding=conv.padding, groups=conv.groups)
+        return y.movedim(1, -1)
+
+
+class ResponseNorm(nn.Module):
+    """Global response norm (arXiv:2301.00808) without a skip of its own, on ``(B, H, W, C)``.
+
+        y = (gamma n + 1) x + beta,    n = g / (mean_c g + eps),    g: L2 norm of each channel over the grid
+
+    The norms are taken in float32.
+    """
+
+    def __init__(self, dim: int, *, eps: float = 1e-6, device=None, dtype=None):
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        g = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (B, 1, 1, C)
+        n = g / (g.mean(-1, keepdim=True) + self.eps)
+        scale = (self.gamma * n + 1).to(x.dtype)
+        return torch.addcmul(self.beta.to(x.dtype), x, scale)
+
+
+class SqueezeExcitation(nn.Module):
+    """Channels gated by their means (arXiv:1709.01507): ``(B, H, W, C) -> (B, H, W, C)``.
+
+    y = x sigmoid(W2 GELU(W1 mean(x))), hidden width max(16, C // 8)
+    """
+
+    def __init__(self, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden = max(16, dim // 8)
+        self.fc1 = Linear(dim, hidden, **dd)
+        self.act = nn.GELU()
+        self.fc2 = Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean((1, 2), keepdim=True)  # (B, 1, 1, C)
+        return x * torch.sigmoid(self.fc2(self.act(self.fc1(mean))))
