@@ -9,12 +9,14 @@ from . import (  # noqa: F401 - registers them
     metaformer_baselines,
     mlp_mixer,
     ninformer,
+    patchtsmixer,
     ponet,
     poolformer,
     raftmlp,
     seqformer,
     svt,
     timemixer,
+    tsmixer,
 )
 from ._inputs import example_inputs
 from ._registry import create_model, list_models

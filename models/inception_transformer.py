@@ -173,7 +173,9 @@ class InceptionTransformer(ImageBackbone):
 
 def _heads(pool: int, *heads: tuple[int, int]) -> list[tuple[str, dict]]:
     """Mixers of a stage from pairs (heads of the low path, blocks)."""
-    return [("inception", {"low_heads": n, "head_dim": 32, "pool_size": pool}) for n, times in heads for _ in range(times)]
+    return [
+        ("inception", {"low_heads": n, "head_dim": 32, "pool_size": pool}) for n, times in heads for _ in range(times)
+    ]
 
 
 _COMMON = {"pos_size": 224, "layer_scale": (None, None, 1e-6, 1e-6), "channel_mixer": "mlp"}

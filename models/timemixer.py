@@ -176,8 +176,8 @@ class TimeMixer(SeriesModel):
         embed: of time marks: "timeF" (features), "fixed" or "learned" (calendar fields), None for a model without.
         freq: frequency of the marks, which is their number: h 4, t 5, s 6, m and a 1, w 2, d and b 3.
         future_marks: add the embedding of the marks of the horizon before the projection.
-        token_mixer: None for past-decomposable mixing, or any mixer of sequences, which then mixes each scale by itself;
-            one for all blocks or a list with one for each.
+        token_mixer: None for past-decomposable mixing, or any mixer of sequences, which then mixes each scale by
+            itself; one for all blocks or a list with one for each.
         drop_rate: dropout after the embedding. num_classes: of the classification.
         legacy: pair marks with rows as the authors' code does, and, with mixed channels, reshape imputed series as it
             does; for weights trained with it.

@@ -11,11 +11,13 @@ from . import (
     metaformer_baselines,
     mlp_mixer,
     ninformer,
+    patchtsmixer,
     ponet,
     poolformer,
     raftmlp,
     svt,
     timemixer,
+    tsmixer,
 )
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
@@ -43,10 +45,12 @@ __all__ = [
     "metaformer_baselines",
     "mlp_mixer",
     "ninformer",
+    "patchtsmixer",
     "ponet",
     "poolformer",
     "raftmlp",
     "save",
     "svt",
     "timemixer",
+    "tsmixer",
 ]
