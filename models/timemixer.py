@@ -184,7 +184,7 @@ class TimeMixer(SeriesModel):
 
     Inputs besides ``past_values`` ``(B, L, C)``: ``past_time_features`` ``(B, L, F)`` and ``future_time_features``
     ``(B, T, F)`` of models with marks, ``past_observed_mask`` of imputation ``(B, L, C)``, 1 where a value is known,
-    and of classification ``(B, L)``; `forward_inputs` names those the model takes.
+    and of classification ``(B, L)``; `forward_inputs` names those the model takes, `num_marks` is F.
     """
 
     def __init__(
@@ -230,6 +230,7 @@ class TimeMixer(SeriesModel):
         self.norms = nn.ModuleList(InstanceNorm(num_channels, **dd) for _ in range(norms))
         self.embedding = SeriesEmbedding(num_channels if self.mixed else 1, dim, **dd)
         self.marks = _mark_embedding(embed if forecasts else None, dim, freq, **dd)
+        self.num_marks = 0 if self.marks is None else FREQUENCIES[freq] if embed == "timeF" else len(self.marks.tables)
         self.drop = nn.Dropout(drop_rate)
         split = {"decomposition": decomposition, "kernel": kernel, "top_k": top_k, "cross": self.mixed}
         blocks = [
@@ -239,6 +240,9 @@ class TimeMixer(SeriesModel):
             for (spec,) in specs_per_block(token_mixer or "identity", [1] * depth)
         ]
         self.blocks = nn.ModuleList(blocks)
+        if not forecasts and token_mixer is None:
+            # the head reads the finest scale alone, which this part of the last block does not reach
+            self.blocks[-1].down.requires_grad_(False)
         outputs = num_channels if self.mixed else 1
         bypassed = self.lengths if forecasts and self.mixed else ()
         self.bypass = nn.ModuleList(Bypass(length, prediction_length, **dd) for length in bypassed)

@@ -31,6 +31,7 @@ WITHOUT_GRADIENT_BY_NAME = {
     "mixer_*_224": (r".*\.token\.op\.fc2\.bias", SHARED),
     "raftmlp_*org_mixer*": (r"stages\..*\.token\.op\.fc2\.bias", SHARED),
     "lra_softmax_*": (r".*\.token\.op\.k\.bias", "it adds one number to all scores of a query"),
+    "patchtsmixer_student_t_*": (r"head\.time\.[02]\..*", "the mean does not depend on the freedom and the scale"),
     "raftmlp_12_r1": (r".*\.token\.op\.(vertical|horizontal)\.fc2\.bias", SHARED),
 }
 
@@ -61,7 +62,11 @@ def values_and_gradients(
     leaves = {key: x.clone().requires_grad_() if x.is_floating_point() else x for key, x in inputs.items()}
     output = run(**leaves)
     total(output).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
     return [y.detach() for y in tensors(output)], gradients | {
         key: x.grad for key, x in leaves.items() if x.is_leaf and x.requires_grad
     }
