@@ -190,9 +190,11 @@ class FutureMultipredictorMixing(nn.Module):
             # both maps are linear: the one that leaves less comes first, and P's bias meets the sums of the rows of w
             z = h @ weight.t() if narrow else h
             bias = torch.outer(time.bias, weight.sum(1)) if narrow else time.bias.unsqueeze(1)  # (H, K) or (H, 1)
-            y = torch.mm(time.weight, z.flatten(1)).reshape(-1, *z.shape[1:]) + bias.unsqueeze(1)
+            y = torch.mm(time.weight, z.flatten(1)).reshape(-1, *z.shape[1:])
+            # parameters are wider than the maps under autocast
+            y = y + bias.unsqueeze(1).to(y.dtype)
             total = total + (y if narrow else y @ weight.t())
-        total = total + len(self.time) * constant
+        total = total + len(self.time) * constant.to(total.dtype)
         if added is not None:
             total = total + len(self.time) * (added @ weight.t())
         return total.transpose(0, 1)

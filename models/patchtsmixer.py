@@ -211,7 +211,7 @@ class PatchTSMixer(SeriesModel):
             self.head = PooledHead((num_channels, P, dim), outputs, **pooled, **heads)
         self.forward_inputs = ("past_observed_mask",) + ("patch_mask",) * (task == "pretraining")
         self._any_channels = (
-            not self.mixed and task in ("forecast", "pretraining") and not (cross_channel or mask_exempt)
+            not self.mixed and task in ("forecast", "pretraining") and cross_channel is None and not mask_exempt
         )
         self.apply(_init)
 
@@ -331,8 +331,9 @@ class PatchTSMixer(SeriesModel):
         """Features, and location and scale ``(B, 1, C)`` of the series that the head forecasts."""
         scaled, loc, scale = self.scaler(past_values, observed)
         h = self._mix(self._patches(scaled))
-        if self.injection is not None:
-            return self.injection(h, loc, scale), loc.new_zeros(()), scale.new_ones(())
+        if self.task != "forecast":
+            h = h if self.injection is None else self.injection(h, loc, scale)
+            return h, loc.new_zeros(()), scale.new_ones(())
         channels = self.head.channels
         return h, loc if channels is None else loc[..., channels], scale if channels is None else scale[..., channels]
 
@@ -363,7 +364,8 @@ class PatchTSMixer(SeriesModel):
 def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def _check(task: str, mode: str, patch: int, stride: int, context: int, positions: str | None) -> None:
