@@ -91,7 +91,7 @@ class PatchTSMixer(SeriesModel):
 
     Args:
         context_length, prediction_length, num_channels: past steps L, future steps T, series C. In mode
-            "common_channel" forecasts and pre-training take any number of series.
+            "common_channel" forecasts take any number of series.
         task: "forecast" to ``(B, T, C)``, "pretraining" to patches ``(B, C, P, p)`` on the scale of the scaler,
             "classification" to logits, "regression" to ``(B, num_targets)``.
         patch_length, patch_stride: p and s. dim, ratio, depth: width D, hidden width of the MLPs over it, blocks.
@@ -210,9 +210,7 @@ class PatchTSMixer(SeriesModel):
             pooled = {"pool": pool, "family": self.family, "limits": output_range if task == "regression" else None}
             self.head = PooledHead((num_channels, P, dim), outputs, **pooled, **heads)
         self.forward_inputs = ("past_observed_mask",) + ("patch_mask",) * (task == "pretraining")
-        self._any_channels = (
-            not self.mixed and task in ("forecast", "pretraining") and cross_channel is None and not mask_exempt
-        )
+        self._any_channels = not self.mixed and task == "forecast" and cross_channel is None
         self.apply(_init)
 
     def get_classifier(self) -> nn.Module | None:
