@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributions import AffineTransform, Distribution, NegativeBinomial, Normal, StudentT
 from torch.distributions import TransformedDistribution as Transformed
 
+from ..mixers._layers import Dropout
 from ..mixers.gated_mlp import Gate
 
 Parameters = tuple[Tensor, ...]
@@ -119,7 +120,7 @@ class ForecastHead(nn.Module):
         super().__init__()
         self.family = family
         self.channels = None if channels is None else list(channels)
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.time = _outputs(patches * dim, horizon, family, device=device, dtype=dtype)
 
     def forward(self, h: Tensor) -> Parameters:
@@ -134,7 +135,7 @@ class PatchHead(nn.Module):
 
     def __init__(self, dim: int, length: int, *, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.patch = nn.Linear(dim, length, device=device, dtype=dtype)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class PooledHead(nn.Module):
             raise ValueError(f"pool must be 'max', 'avg', 'last' or None, not {pool!r}")
         C, P, D = shape
         self.pool, self.family, self.limits = pool, family, limits
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.fc = _outputs(C * D * (1 if pool else P), outputs, family, device=device, dtype=dtype)
 
     def reset(self, outputs: int) -> None:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mixers._decomposition import check_decomposition, trend
+from ..mixers._layers import Dropout
 from ..mixers._registry import specs_per_block
 from ..mixers._tables import widen
 from ..mixers.decomposable_mixing import (
@@ -147,7 +148,7 @@ class FlatHead(nn.Module):
 
     def __init__(self, length: int, dim: int, num_classes: int, drop: float, *, device=None, dtype=None):
         super().__init__()
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.fc = nn.Linear(length * dim, num_classes, device=device, dtype=dtype)
 
     def reset(self, num_classes: int) -> None:
@@ -231,7 +232,7 @@ class TimeMixer(SeriesModel):
         self.embedding = SeriesEmbedding(num_channels if self.mixed else 1, dim, **dd)
         self.marks = _mark_embedding(embed if forecasts else None, dim, freq, **dd)
         self.num_marks = 0 if self.marks is None else FREQUENCIES[freq] if embed == "timeF" else len(self.marks.tables)
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
         split = {"decomposition": decomposition, "kernel": kernel, "top_k": top_k, "cross": self.mixed}
         blocks = [
             PastDecomposableMixing(dim, self.lengths, hidden=hidden, **split, **dd)
