@@ -324,7 +324,7 @@ def _reduction(inputs: Values, outputs: Values, ops: int) -> Mapping[str, int]:
 
 
 count(
-    *_aten("sum nansum mean nanmean amax amin aminmax max min prod argmax argmin cumsum cumsum_ cumprod cumprod_"),
+    *_aten("sum nansum mean nanmean amax amin aminmax max min prod argmax argmin cumsum cumsum_ cumprod cumprod_ topk"),
     *_aten("cummax cummin adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d"),
     *_aten("adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"),
     column="other",

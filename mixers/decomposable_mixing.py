@@ -187,12 +187,14 @@ class FutureMultipredictorMixing(nn.Module):
         total = 0
         for h, time in zip(scales, self.time, strict=True):
             h = h.transpose(0, 1)  # (L_i, B, C)
-            # both maps are linear, so the one that leaves less comes first; P's bias then meets the sums of rows of w
+            # both maps are linear: the one that leaves less comes first, and P's bias meets the sums of the rows of w
             z = h @ weight.t() if narrow else h
             bias = torch.outer(time.bias, weight.sum(1)) if narrow else time.bias.unsqueeze(1)  # (H, K) or (H, 1)
-            y = torch.mm(time.weight, z.flatten(1)).reshape(-1, *z.shape[1:]) + bias.unsqueeze(1)
+            y = torch.mm(time.weight, z.flatten(1)).reshape(-1, *z.shape[1:])
+            # parameters are wider than the maps under autocast
+            y = y + bias.unsqueeze(1).to(y.dtype)
             total = total + (y if narrow else y @ weight.t())
-        total = total + len(self.time) * constant
+        total = total + len(self.time) * constant.to(total.dtype)
         if added is not None:
             total = total + len(self.time) * (added @ weight.t())
         return total.transpose(0, 1)
@@ -205,7 +207,7 @@ class DecomposableMixing(nn.Module):
     Args:
         dim: channels C.
         grid_size: (L,) steps.
-        levels: scales besides the input, as many as leave a step. window: steps that one of the next scale is made of.
+        levels: scales besides the input's, as many as leave a step. window: steps that one of the next is made of.
         ratio: hidden width of the MLP over C.
         kernel, decomposition, top_k: see `PastDecomposableMixing`.
 

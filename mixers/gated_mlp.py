@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import check_grid, make_activation, make_norm, resample
+from ._layers import Dropout, check_grid, make_activation, make_norm, resample
 from ._registry import register_channel_mixer, register_mixer
 from .mlp import TokenLinear
 
@@ -110,9 +110,9 @@ class GatedMlp(nn.Module):
         self.gate_first = gate == "before"
         self.fc1 = TokenLinear(n, width, **dd)
         self.act = make_activation(act, **dd)
-        self.drop1 = nn.Dropout(drop if drop_hidden else 0.0)
+        self.drop1 = Dropout(drop if drop_hidden else 0.0)
         self.fc2 = TokenLinear(width, n, **dd)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = Dropout(drop)
         self.gate = Gate(n, **dd) if gate else nn.Identity()
         self.attn = _Attention(dim, attn_heads, drop, **dd) if attn_heads else None
         self.attn_norm = make_norm(attn_norm, dim, eps=1e-5, **dd) if attn_heads else None
@@ -209,9 +209,9 @@ class GatedChannelMlp(nn.Module):
         self.gate_first = gate == "before"
         self.fc1 = nn.Linear(dim, width, **dd)
         self.act = make_activation(act, **dd)
-        self.drop1 = nn.Dropout(drop if drop_hidden else 0.0)
+        self.drop1 = Dropout(drop if drop_hidden else 0.0)
         self.fc2 = nn.Linear(width, dim, **dd)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = Dropout(drop)
         self.gate = Gate(dim, channels=True, **dd) if gate else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:

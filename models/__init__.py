@@ -10,12 +10,14 @@ from . import (  # noqa: F401 - registers them
     mlp_mixer,
     ninformer,
     overlock,
+    patchtsmixer,
     ponet,
     poolformer,
     raftmlp,
     seqformer,
     svt,
     timemixer,
+    tsmixer,
 )
 from ._inputs import example_inputs
 from ._registry import create_model, list_models

@@ -57,7 +57,11 @@ def _text(model: nn.Module, batch: int, placement: dict[str, Any], size: int | S
 def _series(model: nn.Module, batch: int, placement: dict[str, Any], size: int | Sequence[int] | None) -> dict:
     if size is not None:
         raise ValueError(f"series models have one size; create the model with another context_length, not size={size}")
-    return {"past_values": torch.randn(batch, model.context_length, model.num_channels, **placement)}
+    inputs = {"past_values": torch.randn(batch, model.context_length, model.num_channels, **placement)}
+    if "past_time_features" in model.forward_inputs:
+        # between 0 and 4, which calendar fields of any kind can be too
+        inputs["past_time_features"] = 4 * torch.rand(batch, model.context_length, model.num_marks, **placement)
+    return inputs
 
 
 _MAKERS: dict[str, Callable] = {"image": _image, "text": _text, "series": _series}

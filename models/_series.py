@@ -67,6 +67,8 @@ class SeriesModel(nn.Module):
         if past_values.ndim != 3 or shape[1] != L or not (any_channels or shape[2] == C):
             raise ValueError(f"past_values must be (B, {L}, {'C' if any_channels else C}), got {shape}")
         for name in given:
+            if not name.startswith(("past_", "future_")):
+                continue
             steps = self.prediction_length if name.startswith("future") else L
             if optional[name].shape[:2] != (shape[0], steps):
                 raise ValueError(f"{name} must be ({shape[0]}, {steps}, ...), got {tuple(optional[name].shape)}")

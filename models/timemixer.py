@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..mixers._decomposition import check_decomposition, trend
+from ..mixers._layers import Dropout
 from ..mixers._registry import specs_per_block
 from ..mixers._tables import widen
 from ..mixers.decomposable_mixing import (
@@ -147,7 +148,7 @@ class FlatHead(nn.Module):
 
     def __init__(self, length: int, dim: int, num_classes: int, drop: float, *, device=None, dtype=None):
         super().__init__()
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.fc = nn.Linear(length * dim, num_classes, device=device, dtype=dtype)
 
     def reset(self, num_classes: int) -> None:
@@ -176,15 +177,15 @@ class TimeMixer(SeriesModel):
         embed: of time marks: "timeF" (features), "fixed" or "learned" (calendar fields), None for a model without.
         freq: frequency of the marks, which is their number: h 4, t 5, s 6, m and a 1, w 2, d and b 3.
         future_marks: add the embedding of the marks of the horizon before the projection.
-        token_mixer: None for past-decomposable mixing, or any mixer of sequences, which mixes each scale by itself;
-            one for all blocks or a list with one for each.
+        token_mixer: None for past-decomposable mixing, or any mixer of sequences, which then mixes each scale by
+            itself; one for all blocks or a list with one for each.
         drop_rate: dropout after the embedding. num_classes: of the classification.
         legacy: pair marks with rows as the authors' code does, and, with mixed channels, reshape imputed series as it
             does; for weights trained with it.
 
     Inputs besides ``past_values`` ``(B, L, C)``: ``past_time_features`` ``(B, L, F)`` and ``future_time_features``
     ``(B, T, F)`` of models with marks, ``past_observed_mask`` of imputation ``(B, L, C)``, 1 where a value is known,
-    and of classification ``(B, L)``; `forward_inputs` names those the model takes.
+    and of classification ``(B, L)``; `forward_inputs` names those the model takes, `num_marks` is F.
     """
 
     def __init__(
@@ -230,7 +231,8 @@ class TimeMixer(SeriesModel):
         self.norms = nn.ModuleList(InstanceNorm(num_channels, **dd) for _ in range(norms))
         self.embedding = SeriesEmbedding(num_channels if self.mixed else 1, dim, **dd)
         self.marks = _mark_embedding(embed if forecasts else None, dim, freq, **dd)
-        self.drop = nn.Dropout(drop_rate)
+        self.num_marks = 0 if self.marks is None else FREQUENCIES[freq] if embed == "timeF" else len(self.marks.tables)
+        self.drop = Dropout(drop_rate)
         split = {"decomposition": decomposition, "kernel": kernel, "top_k": top_k, "cross": self.mixed}
         blocks = [
             PastDecomposableMixing(dim, self.lengths, hidden=hidden, **split, **dd)
@@ -239,6 +241,9 @@ class TimeMixer(SeriesModel):
             for (spec,) in specs_per_block(token_mixer or "identity", [1] * depth)
         ]
         self.blocks = nn.ModuleList(blocks)
+        if not forecasts and token_mixer is None:
+            # the head reads the finest scale alone, which this part of the last block does not reach
+            self.blocks[-1].down.requires_grad_(False)
         outputs = num_channels if self.mixed else 1
         bypassed = self.lengths if forecasts and self.mixed else ()
         self.bypass = nn.ModuleList(Bypass(length, prediction_length, **dd) for length in bypassed)

@@ -109,7 +109,7 @@ def model_row(name: str, img_size: tuple[int, int] | None, token_mixer: str | No
     """The row of a model or release, beside what was published for the same input and mixers."""
     spec, release_name = resolve_name(name)
     release = RELEASES[release_name] if release_name else Release()
-    size = img_size or (release.input_size[1:] if release_name else None)
+    size = img_size or (release.input_size[1:] if release_name and spec.modality == "image" else None)
     counted = _counted(name, spec, release, size, token_mixer)
     row = {
         "model": name,
@@ -124,7 +124,7 @@ def model_row(name: str, img_size: tuple[int, int] | None, token_mixer: str | No
     notes = [spec.note, release.note]
     if token_mixer is not None:
         notes.append(f"token mixers {token_mixer}")
-    elif release_name and size != release.input_size[1:]:
+    elif release_name and img_size not in (None, release.input_size[1:]):
         notes.append(f"published for {'x'.join(map(str, release.input_size[1:]))}")
     else:
         row |= _published(release)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mixzoo.mixers._layers import Linear, StarReLU
+from mixzoo.mixers._layers import Dropout, Linear, StarReLU
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 7, 8), (2, 3, 5, 8), (1, 2, 3, 4, 8), (0, 3, 8)])
@@ -47,3 +47,32 @@ def test_star_relu_is_its_formula_up_to_second_derivatives():
         return torch.func.functional_call(layer, {"scale": scale, "bias": bias}, (x,))
 
     assert torch.autograd.gradgradcheck(of, inputs)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("shape", [(77,), (300, 401)])
+def test_dropout_drops_its_share_and_keeps_the_mean(p, shape):
+    layer = Dropout(p).train()
+    x = torch.ones(shape, requires_grad=True)
+    torch.manual_seed(0)
+    y = layer(x)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, y)
+    torch.manual_seed(0)
+    assert torch.equal(layer(x), y)
+    if p < 1:
+        torch.testing.assert_close(y[y > 0].unique(), torch.tensor([1 / (1 - p)]), rtol=1e-4, atol=0)
+    if len(shape) == 2:
+        assert abs((y == 0).float().mean().item() - p) < 5e-3
+        # neighbours share a random number
+        dropped = (y[:, :400] == 0).double().reshape(-1, 4).T
+        assert p == 1 or (torch.corrcoef(dropped) - torch.eye(4)).abs().max() < 0.02
+
+
+def test_dropout_leaves_the_dtype_and_evaluation_alone():
+    x = torch.randn(5, 3, dtype=torch.bfloat16)
+    assert Dropout(0.3).train()(x).dtype == torch.bfloat16
+    assert Dropout(0.3).eval()(x) is x
+    assert Dropout(0.3)(x[:0]).shape == (0, 3)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Dropout(1.5)

@@ -110,3 +110,59 @@ def test_exported_timemixers_have_every_key_of_the_reference(name):
     assert all(exported[key].shape == state[key].shape for key in exported)
     twice = mixzoo.create_model(name, checkpoint=exported)
     assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(), model.state_dict().values(), strict=True))
+
+
+def forecaster_outputs(model: torch.nn.Module, x: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    """The model's output by its name in the fixtures, the features, and the gradient of their input."""
+    y = model(x)
+    return {name: y, "features": model.forward_features(x), "grad_x": torch.autograd.grad(y.sum(), x)[0]}
+
+
+@pytest.mark.parametrize("name", ["patchtsmixer_etth1_512_96", "patchtsmixer_mixchannel_512_96"])
+def test_patchtsmixer_forecasts(name):
+    fixture, state, inputs = open_fixture(name)
+    model = load_whole(mixzoo.create_model(name), fixture, state)
+    assert_equal(fixture, forecaster_outputs(model, inputs["past_values"].requires_grad_(), "prediction"))
+
+
+def test_patchtsmixer_classifies():
+    fixture, state, inputs = open_fixture("patchtsmixer_classification_512")
+    model = load_whole(mixzoo.create_model("patchtsmixer_classification_512"), fixture, state)
+    assert_equal(fixture, forecaster_outputs(model, inputs["past_values"].requires_grad_(), "logits"))
+
+
+def test_tsmixer():
+    fixture, state, inputs = open_fixture("tsmixer_allmlp_96_96")
+    model = load_whole(mixzoo.create_model("tsmixer_allmlp_96_96"), fixture, state)
+    assert_equal(fixture, forecaster_outputs(model, inputs["x"].requires_grad_(), "prediction"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("mixer_patchtsmixer_layer", {"mode": "mix_channel"}),
+        ("mixer_patchtsmixer_layer_batchnorm", {"norm": "batch"}),
+        ("mixer_patchtsmixer_layer_nogate", {"gated": False}),
+        ("mixer_patchtsmixer_patch_attn", {"attn_heads": 3}),
+    ],
+)
+def test_layers_of_patchtsmixer(name, options):
+    fixture, state, inputs = open_fixture(name)
+    sizes = {"context_length": 96, "patch_length": 8, "patch_stride": 8, "num_channels": 5, "dim": 12, "ratio": 2.0}
+    model = mixzoo.create_model("patchtsmixer", depth=1, **sizes, **options)
+    layer = model.blocks[0].token if name.endswith("attn") else model.blocks[0]
+    load_whole(layer, fixture, state)
+    x = inputs["x"].requires_grad_()
+    y = layer(x) if model.mixed else layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    assert_equal(fixture, {"y": y, "grad_x": torch.autograd.grad(y.square().sum(), x)[0]})
+
+
+PATCHTSMIXERS = ["patchtsmixer_etth1_512_96", "patchtsmixer_mixchannel_512_96", "patchtsmixer_classification_512"]
+
+
+@pytest.mark.parametrize("name", [*PATCHTSMIXERS, "tsmixer_allmlp_96_96"])
+def test_exported_models_have_the_keys_of_the_reference(name):
+    _, state, _ = open_fixture(name)
+    exported = weights.export(mixzoo.create_model(name, checkpoint=state).state_dict(), name.split("_")[0])
+    assert exported.keys() == state.keys()
+    assert all(torch.equal(exported[key], tensor) for key, tensor in state.items())

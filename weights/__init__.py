@@ -12,11 +12,13 @@ from . import (
     mlp_mixer,
     ninformer,
     overlock,
+    patchtsmixer,
     ponet,
     poolformer,
     raftmlp,
     svt,
     timemixer,
+    tsmixer,
 )
 from ._fetch import fetch, find_release
 from ._files import CheckpointError
@@ -45,10 +47,12 @@ __all__ = [
     "mlp_mixer",
     "ninformer",
     "overlock",
+    "patchtsmixer",
     "ponet",
     "poolformer",
     "raftmlp",
     "save",
     "svt",
     "timemixer",
+    "tsmixer",
 ]

@@ -6,10 +6,8 @@ import re
 from pathlib import Path
 
 from ..models._registry import RELEASES, Release, resolve_name
-from ._files import CheckpointError, sha256
+from ._files import HUB_FILES, CheckpointError, sha256
 
-# the file names of the Hub, the safe one first
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _HUB_URL = re.compile(r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 
 
@@ -64,7 +62,7 @@ def _from_hub(repo: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
-    for file in _HUB_FILES:
+    for file in HUB_FILES:
         try:
             return Path(hf_hub_download(repo, file))
         except LocalEntryNotFoundError:
@@ -72,7 +70,7 @@ def _from_hub(repo: str) -> Path:
             raise
         except EntryNotFoundError:
             continue
-    raise FileNotFoundError(f"{repo} has neither {' nor '.join(_HUB_FILES)}")
+    raise FileNotFoundError(f"{repo} has neither {' nor '.join(HUB_FILES)}")
 
 
 def _from_url(url: str) -> Path:

@@ -26,6 +26,8 @@ FORMAT = "mixzoo"
 # where training scripts put the weights, in timm's order of preference: averaged weights come first because they are
 # the ones that were evaluated and published
 NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# names of weights on the Hub, the safe format first
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # what DistributedDataParallel and torch.compile put before every key
 PREFIXES = ("module.", "_orig_mod.")
 
@@ -52,7 +54,7 @@ class Contents:
 
 
 def read(path: str | Path) -> Contents:
-    """Read the tensors of a checkpoint file.
+    """Read the tensors of a checkpoint file, or of the one in a folder as the Hub has it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -62,12 +64,22 @@ def read(path: str | Path) -> Contents:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder; give the checkpoint file inside it")
+        path = _in_folder(path)
     kind = _kind(path)
     if kind == "safetensors":
         tensors, metadata = _read_safetensors(path)
         return unwrap(tensors, str(path), metadata)
     return unwrap(_read_npz(path) if kind == "npz" else _read_torch(path), str(path))
+
+
+def _in_folder(folder: Path) -> Path:
+    """The file with the weights in a folder as the Hub has it, the safe format first."""
+    found = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{folder}: is a folder without {' or '.join(HUB_FILES)}; give the checkpoint file inside it"
+        )
+    return found
 
 
 def unwrap(data: Any, name: str, metadata: dict[str, str] | None = None) -> Contents:

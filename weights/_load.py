@@ -120,8 +120,9 @@ def open_source(source: str | os.PathLike | Mapping[str, Any]) -> tuple[Contents
     try:
         name, release = find_release(str(source))
     except ValueError as error:
-        what = "a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{source}: {what}, and {error}") from None
+        if path.is_dir():
+            return read(path), {"source": path.name}
+        raise FileNotFoundError(f"{source}: no such file, and {error}") from None
     file = fetch(name)
     known = {"source": name, "url": release.url, "licence": release.licence, "sha256": known_hash(file, release)}
     return read(file), {key: value for key, value in known.items() if value}

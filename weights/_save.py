@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._adapt import grids_of, grouped
 from ._files import FORMAT, CheckpointError, read
+from ._folders import described
 from ._load import commit, plan_load, target_of
 
 FORMAT_VERSION = "1"
@@ -57,9 +58,16 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike) -> nn.Module:
     """Rebuild a model, with its weights and class names, from a file that `save` wrote.
 
+    A folder as transformers saves models, ``config.json`` beside the weights, does too for families that read it.
+
     Raises:
         CheckpointError: the file has no description of a model.
     """
+    from ..models import create_model
+
+    if Path(path).is_dir():
+        name, options = described(Path(path))
+        return create_model(name, checkpoint=path, **options)
     contents = read(path)
     if contents.metadata.get("format") != FORMAT:
         raise CheckpointError(
