@@ -382,7 +382,7 @@ def pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
     found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for plan, outcome in zip(plans, outcomes, strict=True):
         measured, baselines = outcome.measured, plan.data.baselines()
-        pairs = {"model": (measured["label"].numpy(), measured["guess"].numpy())}
+        pairs = {plan.net.config["model"]: (measured["label"].numpy(), measured["guess"].numpy())}
         pairs |= {name: (baselines.labels, guess) for name, guess in baselines.guesses.items()}
         for name, pair in pairs.items():
             found.setdefault(name, []).append(pair)
