@@ -227,8 +227,10 @@ def fit_parts(model: nn.Module, plan: Plan) -> None:
 
 
 def fit_horizon(model: nn.Module, plan: Plan) -> None:
-    """Take the first steps of a forecast that is longer in the source: every step has rows of its own in the layers that
-    a model names in ``horizon_parts``."""
+    """Take the first steps of a forecast that is longer in the source.
+
+    Every step has rows of its own in the layers that a model names in ``horizon_parts``.
+    """
     targets = model.state_dict()
     for part in getattr(model, "horizon_parts", ()):
         for key, tensor in plan.tensors.items():
