@@ -117,6 +117,8 @@ class PatchTSMixer(SeriesModel):
     patch.
     """
 
+    # layers with rows for every step of the forecast
+    horizon_parts = ("head.time",)
     # parts that a model for another task may lack
     optional_parts = ("head.time", "head.patch", "head.fc", "injection", "aggregate", "cross_channel")
 

@@ -188,6 +188,9 @@ class TimeMixer(SeriesModel):
     and of classification ``(B, L)``; `forward_inputs` names those the model takes, `num_marks` is F.
     """
 
+    # layers with rows for every step of the forecast
+    horizon_parts = ("head.time", "bypass")
+
     def __init__(
         self,
         *,

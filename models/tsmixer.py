@@ -38,6 +38,9 @@ class TSMixer(SeriesModel):
         drop_rate: dropout at the end of a branch.
     """
 
+    # layers with rows for every step of the forecast
+    horizon_parts = ("head.time",)
+
     def __init__(
         self,
         *,

@@ -98,26 +98,39 @@ def published_size(name: str) -> tuple[int, int]:
 
 
 def build(contestant: Contestant) -> tuple[nn.Module, Tensor]:
-    """The contestant's model, in the mode of its step and not compiled, and its input (B, in_chans, H, W)."""
+    """The contestant's model, in the mode of its step and not compiled, and its first input.
+
+    Images are (B, in_chans, H, W); texts and series have the lengths of their models.
+    """
     if contestant.threads:
         torch.set_num_threads(contestant.threads)
     torch.manual_seed(0)
     options = {} if not contestant.train else {"drop_path_rate": 0.0}
-    if contestant.is_timm:
-        model = _build_timm(contestant, options)
-    else:
-        import mixzoo
-
-        options["img_size"] = tuple(contestant.img_size)
-        if contestant.token_mixer is not None:
-            options["token_mixer"] = contestant.token_mixer
-        model = mixzoo.create_model(contestant.name, **options)
+    model = _build_timm(contestant, options) if contestant.is_timm else _build_ours(contestant, options)
     placement = {"device": torch.device(contestant.device), "dtype": getattr(torch, contestant.dtype)}
     if contestant.channels_last:
         placement["memory_format"] = torch.channels_last
     model = model.to(**placement).train(contestant.train)
-    x = torch.randn(contestant.batch_size, model.in_chans, *contestant.img_size).to(**placement)
-    return model, x
+    if getattr(model, "modality", "image") == "image":
+        return model, torch.randn(contestant.batch_size, model.in_chans, *contestant.img_size).to(**placement)
+    from mixzoo.models import example_inputs
+
+    return model, next(iter(example_inputs(model, contestant.batch_size).values()))
+
+
+def _build_ours(contestant: Contestant, options: dict[str, Any]) -> nn.Module:
+    import mixzoo
+    from mixzoo.models._registry import resolve_name
+    from mixzoo.models.timm_bridge import skeleton_options
+
+    spec, _ = resolve_name(contestant.name)
+    known = skeleton_options(spec)
+    options = {option: value for option, value in options.items() if option in known}
+    if spec.modality == "image":
+        options["img_size"] = tuple(contestant.img_size)
+    if contestant.token_mixer is not None:
+        options["token_mixer"] = contestant.token_mixer
+    return mixzoo.create_model(contestant.name, **options)
 
 
 def _build_timm(contestant: Contestant, options: dict[str, Any]) -> nn.Module:

@@ -7,7 +7,8 @@
 A model, its opponents and a 2048^3 matrix product take turns in every round. Figures are medians over rounds; `ratio`
 is the opponent's time over the model's, above 1 where the model is faster, with its range over rounds; `memory` is the
 opponent's peak over the model's. An opponent from timm runs in both memory formats, NCHW contiguous and channels_last;
-the faster one counts in the closing geometric mean. GFLOP/s are 2 MACs an image over the time, three times that for a
+the faster one counts in the closing geometric mean. Texts and series take the place of images in models of these;
+such models are measured at their own lengths. GFLOP/s are 2 MACs an image over the time, three times that for a
 training step; MACs are those of matrix products and convolutions. A ratio r against timm:resnet50 times a published
 ratio q of another implementation's time to resnet50's gives the speed-up r q over that implementation.
 """
@@ -109,10 +110,10 @@ def _add_peak(row: Row, contestant: Contestant) -> None:
 
 
 def _gmacs(model: nn.Module, x: Tensor) -> tuple[float, dict[str, float]]:
-    """10^9 multiply-adds of matrix products and convolutions for one image, in all and by module."""
+    """10^9 multiply-adds of matrix products and convolutions for one sample, in all and by module."""
     import mixzoo
 
-    counted = mixzoo.complexity(model, tuple(x.shape[1:]))
+    counted = mixzoo.complexity(model, inputs=x[:1])
     return counted.macs / 1e9, {name: counts.macs / 1e9 for name, counts in counted.by_module.items()}
 
 
@@ -162,7 +163,7 @@ def _cpu_name() -> str:
 
 
 def select_models(patterns: Sequence[str]) -> list[str]:
-    """Expand globs over the registered image models and check plain names; order and first mention are kept.
+    """Expand globs over the registered models and check plain names; order and first mention are kept.
 
     Raises:
         ValueError: a name or pattern that fits nothing.
@@ -183,14 +184,12 @@ def select_models(patterns: Sequence[str]) -> list[str]:
                 )
             names.append(pattern)
         elif any(wildcard in pattern for wildcard in "*?["):
-            matches = mixzoo.list_models(pattern, modality="image")
+            matches = mixzoo.list_models(pattern)
             if not matches:
-                raise ValueError(f"no registered image model fits {pattern!r}")
+                raise ValueError(f"no registered model fits {pattern!r}")
             names += matches
         else:
-            spec, _ = resolve_name(pattern)
-            if spec.modality != "image":
-                raise ValueError(f"{pattern} is a {spec.modality} model; bench measures image models")
+            resolve_name(pattern)
             names.append(pattern)
     return list(dict.fromkeys(names))
 
@@ -255,6 +254,7 @@ def _check(args: argparse.Namespace) -> None:
     """
     import mixzoo
     from mixzoo.mixers import parse_spec
+    from mixzoo.models._registry import resolve_name
 
     args.models = select_models(args.models)
     args.against = list(dict.fromkeys(args.against))
@@ -262,6 +262,10 @@ def _check(args: argparse.Namespace) -> None:
         if opponent != "timm":
             select_models([opponent])
     if args.img_size is not None:
+        sized = [name for name in args.models if not name.startswith(TIMM_PREFIX)]
+        other = next((name for name in sized if resolve_name(name)[0].modality != "image"), None)
+        if other is not None:
+            raise ValueError(f"--img-size is for models of images, which {other} is not")
         if len(args.img_size) > 2:
             raise ValueError(f"--img-size takes H or H W, not {len(args.img_size)} numbers")
         args.img_size = (args.img_size[0], args.img_size[-1])

@@ -249,3 +249,11 @@ def test_summary_takes_the_better_format_of_each_opponent():
         "memory_ratio": pytest.approx(3.0),
     }
     assert second["opponent"] == "timm:x"
+
+
+@pytest.mark.parametrize("name", ["timemixer_m4_yearly_12_6", "lra_fnet_listops"])
+@pytest.mark.parametrize("train", [False, True])
+def test_texts_and_series_are_measured_too(name, train):
+    model, x = _measure.build(_measure.Contestant(name, batch_size=2, train=train, threads=1))
+    assert x.shape[0] == 2
+    _measure.make_step(model, x, train=train)()

@@ -157,6 +157,33 @@ def test_layers_of_patchtsmixer(name, options):
     assert_equal(fixture, {"y": y, "grad_x": torch.autograd.grad(y.square().sum(), x)[0]})
 
 
+SERIES = [name for name in mixzoo.list_models(modality="series") if name.startswith(("timem", "patchts", "tsmixer"))]
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_every_model_has_names_in_the_layout_of_its_authors(name):
+    model = mixzoo.create_model(name, device="meta")
+    theirs = weights.export(model.state_dict(), name.split("_")[0])
+    report = mixzoo.load_checkpoint(model, theirs)
+    assert set(report.loaded) == set(model.state_dict())
+    layout = weights._rules.choose(theirs)
+    converted = layout.convert(theirs)
+    again = layout.export(converted.tensors, converted.dead)
+    assert {key: tensor.shape for key, tensor in again.items()} == {key: t.shape for key, t in theirs.items()}
+
+
+@pytest.mark.parametrize("name", ["timemixer", "timemixer_pems08_96_12", "patchtsmixer", "tsmixer_allmlp"])
+def test_a_shorter_horizon_takes_the_first_steps(name):
+    sizes = {"num_channels": 5}
+    model = mixzoo.create_model(name, **sizes).eval()
+    short = mixzoo.create_model(name, prediction_length=7, **sizes, checkpoint=model.state_dict()).eval()
+    x = torch.randn(2, model.context_length, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(short(x), model(x)[:, :7])
+    with pytest.raises(weights.CheckpointError, match=r"misshapen.*head\.time"):
+        mixzoo.create_model(name, **sizes, checkpoint=short.state_dict())
+
+
 PATCHTSMIXERS = ["patchtsmixer_etth1_512_96", "patchtsmixer_mixchannel_512_96", "patchtsmixer_classification_512"]
 
 

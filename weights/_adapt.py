@@ -226,6 +226,20 @@ def fit_parts(model: nn.Module, plan: Plan) -> None:
             plan.fresh.update(dict.fromkeys(ours, f"the source has no part {part!r}"))
 
 
+def fit_horizon(model: nn.Module, plan: Plan) -> None:
+    """Take the first steps of a forecast that is longer in the source.
+
+    Every step has rows of its own in the layers that a model names in ``horizon_parts``.
+    """
+    targets = model.state_dict()
+    for part in getattr(model, "horizon_parts", ()):
+        for key, tensor in plan.tensors.items():
+            want = targets.get(key) if key.startswith(part + ".") else None
+            if want is not None and tensor.shape[0] > want.shape[0] and tensor.shape[1:] == want.shape[1:]:
+                plan.tensors[key] = tensor[: want.shape[0]]
+                plan.adapted[key] = f"the first {want.shape[0]} of {tensor.shape[0]} steps"
+
+
 def fit_input(model: nn.Module, plan: Plan) -> None:
     """Fit the first convolution to the model's input channels as timm does: from any number to any number."""
     from timm.models._manipulate import adapt_input_conv

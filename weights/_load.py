@@ -159,6 +159,7 @@ def plan_load(model: nn.Module, contents: Contents, strict: bool) -> tuple[LoadR
     _adapt.fit_input(model, plan)
     _adapt.fit_ties(model, plan)
     _adapt.fit_parts(model, plan)
+    _adapt.fit_horizon(model, plan)
     _adapt.fit_head(model, plan, headless=saved.get("num_classes") == 0)
     if _mixers(_options(model)) not in (None, _mixers(saved)):
         _adapt.leave_swapped(model, plan)
