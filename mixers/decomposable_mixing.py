@@ -132,19 +132,21 @@ class PastDecomposableMixing(nn.Module):
         self.cross = FeatureMlp(dim, hidden, **dd) if cross else None
         self.out = None if cross else FeatureMlp(dim, hidden, **dd)
 
-    def forward(self, scales: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, scales: Sequence[Tensor], finest: bool = False) -> list[Tensor]:
+        """All scales, or with ``finest`` that one alone, which the seasons of the others do not reach."""
         first = [h.transpose(0, 1) for h in scales]  # (L_i, B, C)
-        mixed = self._mix_summed(first) if self.cross is None else self._mix_split(first)
+        mixed = self._mix_summed(first, finest) if self.cross is None else self._mix_split(first, finest)
         return [h.transpose(0, 1) for h in mixed]  # (B, L_i, C)
 
-    def _mix_summed(self, scales: list[Tensor]) -> list[Tensor]:
+    def _mix_summed(self, scales: list[Tensor], finest: bool) -> list[Tensor]:
         last = len(scales) - 1
         folds = self.kernel > 0 and by_matrix(scales[0].shape[0])
         # the finest trend serves its season alone, which is folded into the first layer where it can be
-        trends = [None if i == 0 and (folds or not last) else self.trend(h) for i, h in enumerate(scales)]
+        unused = folds or finest or not last
+        trends = [None if i == 0 and unused else self.trend(h) for i, h in enumerate(scales)]
         sums = list(scales)
         season = scales[0] if trends[0] is None else scales[0] - trends[0]
-        for i, down in enumerate(self.down):
+        for i, down in enumerate(() if finest else self.down):
             mixed = down(season, self.kernel if i == 0 and folds else 0)
             sums[i + 1] = sums[i + 1] + mixed
             if i + 1 < last:
@@ -155,16 +157,19 @@ class PastDecomposableMixing(nn.Module):
             sums[i] = sums[i] + mixed
             if i > 0:
                 coarser = trends[i] + mixed
-        return [h + self.out(total) for h, total in zip(scales, sums, strict=True)]
+        wanted = slice(1 if finest else None)
+        return [h + self.out(total) for h, total in zip(scales[wanted], sums[wanted], strict=True)]
 
-    def _mix_split(self, scales: list[Tensor]) -> list[Tensor]:
-        parts = [(h - slow, slow) for h, slow in ((h, self.trend(h)) for h in scales)]
-        seasons, trends = ([self.cross(part) for part in kind] for kind in zip(*parts, strict=True))
-        for i, down in enumerate(self.down):
+    def _mix_split(self, scales: list[Tensor], finest: bool) -> list[Tensor]:
+        wanted = slice(1 if finest else None)
+        slow = [self.trend(h) for h in scales]
+        trends = [self.cross(part) for part in slow]
+        seasons = [self.cross(h - part) for h, part in zip(scales[wanted], slow[wanted], strict=True)]
+        for i, down in enumerate(() if finest else self.down):
             seasons[i + 1] = seasons[i + 1] + down(seasons[i])
         for i, up in zip(reversed(range(len(scales) - 1)), self.up, strict=True):
             trends[i] = trends[i] + up(trends[i + 1])
-        return [season + trend for season, trend in zip(seasons, trends, strict=True)]
+        return [season + trend for season, trend in zip(seasons, trends[wanted], strict=True)]
 
 
 class FutureMultipredictorMixing(nn.Module):

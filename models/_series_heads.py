@@ -45,13 +45,15 @@ class Family:
     Attributes:
         size: number of parameters of one value.
         domain: the parameters from the outputs of their layers.
-        mean: of the value, from the parameters and the series' location and scale.
-        build: the distribution of the value, from the same.
+        used: the layers that the mean needs.
+        mean: of the value, from the outputs of these, the series' location and scale.
+        build: the distribution of the value, from the parameters and the same two.
     """
 
     size: int
     domain: Callable[..., Parameters]
-    mean: Callable[[Parameters, Tensor, Tensor], Tensor]
+    used: tuple[int, ...]
+    mean: Callable[..., Tensor]
     build: Callable[[Parameters, Tensor, Tensor], Distribution]
 
 
@@ -63,16 +65,22 @@ FAMILIES = {
     "student_t": Family(
         3,
         lambda df, loc, scale: (2 + plus(df), loc, _scale(scale)),
-        lambda p, loc, scale: p[1] * scale + loc,
+        (1,),
+        lambda z, loc, scale: z * scale + loc,
         _affine(StudentT),
     ),
     "normal": Family(
-        2, lambda loc, scale: (loc, _scale(scale)), lambda p, loc, scale: p[0] * scale + loc, _affine(Normal)
+        2,
+        lambda loc, scale: (loc, _scale(scale)),
+        (0,),
+        lambda z, loc, scale: z * scale + loc,
+        _affine(Normal),
     ),
     "negative_binomial": Family(
         2,
         lambda total, logits: (plus(total), logits),
-        lambda p, loc, scale: p[0] * p[1].exp() * scale,
+        (0, 1),
+        lambda total, logits, loc, scale: plus(total) * logits.exp() * scale,
         lambda p, loc, scale: NegativeBinomial(p[0], logits=p[1] + scale.log()),
     ),
 }
@@ -92,8 +100,11 @@ def _outputs(inputs: int, outputs: int, family: Family | None, **dd) -> nn.Modul
     return nn.ModuleList(nn.Linear(inputs, outputs, **dd) for _ in range(family.size))
 
 
-def _apply(layers: nn.Module, x: Tensor, family: Family | None) -> Parameters:
-    return (layers(x),) if family is None else family.domain(*(layer(x) for layer in layers))
+def _apply(layers: nn.Module, x: Tensor, which: Sequence[int] | None) -> Parameters:
+    """Outputs of all layers, or of some of them."""
+    if isinstance(layers, nn.Linear):
+        return (layers(x),)
+    return tuple(layers[i](x) for i in (range(len(layers)) if which is None else which))
 
 
 class ForecastHead(nn.Module):
@@ -123,11 +134,15 @@ class ForecastHead(nn.Module):
         self.drop = Dropout(drop)
         self.time = _outputs(patches * dim, horizon, family, device=device, dtype=dtype)
 
-    def forward(self, h: Tensor) -> Parameters:
+    def outputs(self, h: Tensor, which: Sequence[int] | None = None) -> Parameters:
+        """What the layers give, all or some of them."""
         # all series share the layer, so those that are not asked for need not pass it
         h = h if self.channels is None else h[:, self.channels]
         z = self.drop(h.flatten(2))  # (B, C, P D)
-        return tuple(y.transpose(1, 2) for y in _apply(self.time, z, self.family))
+        return tuple(y.transpose(1, 2) for y in _apply(self.time, z, which))
+
+    def forward(self, h: Tensor) -> Parameters:
+        return self.outputs(h) if self.family is None else self.family.domain(*self.outputs(h))
 
 
 class PatchHead(nn.Module):
@@ -182,7 +197,8 @@ class PooledHead(nn.Module):
         nn.init.normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
 
-    def forward(self, h: Tensor) -> Parameters:
+    def outputs(self, h: Tensor, which: Sequence[int] | None = None) -> Parameters:
+        """What the layers give, all or some of them."""
         if self.pool == "max":
             z = h.amax(2)  # (B, C, D)
         elif self.pool == "avg":
@@ -190,8 +206,13 @@ class PooledHead(nn.Module):
         else:
             # without pooling the patches come last
             z = h[:, :, -1] if self.pool else h.transpose(2, 3)
-        outputs = _apply(self.fc, self.drop(z.flatten(1)), self.family)
-        if self.limits is None or self.family is not None:
+        return _apply(self.fc, self.drop(z.flatten(1)), which)
+
+    def forward(self, h: Tensor) -> Parameters:
+        outputs = self.outputs(h)
+        if self.family is not None:
+            return self.family.domain(*outputs)
+        if self.limits is None:
             return outputs
         low, high = self.limits
         return (outputs[0].sigmoid() * (high - low) + low,)
@@ -217,7 +238,7 @@ class ScaleInjection(nn.Module):
         D = h.shape[-1]
         s = self.scale_outer(self.scale_inner(torch.cat([loc, scale], 1).transpose(1, 2)))  # (B, C, 2)
         weight = self.outer.weight @ self.inner.weight  # (D, D + 2)
-        bias = self.outer.bias + self.outer.weight @ self.inner.bias
+        bias = self.outer(self.inner.bias.unsqueeze(0))  # (1, D)
         added = s @ weight[:, D:].t() + bias  # (B, C, D)
         return h @ weight[:, :D].t() + added.unsqueeze(2)
 

@@ -235,10 +235,11 @@ class PatchTSMixer(SeriesModel):
     ) -> Tensor:
         if self.task == "pretraining":
             return self._reconstruct(past_values, past_observed_mask, patch_mask)[0]
-        parameters, loc, scale = self._estimate(past_values, past_observed_mask, patch_mask)
+        self._check_inputs(past_values, past_observed_mask, patch_mask)
+        h, loc, scale = self._encode(past_values, past_observed_mask)
         if self.family is not None:
-            return self.family.mean(parameters, loc, scale)
-        return parameters[0] * scale + loc if self.task == "forecast" else parameters[0]
+            return self.family.mean(*self.head.outputs(h, self.family.used), loc, scale)
+        return self._point(h) * scale + loc if self.task == "forecast" else self._point(h)
 
     def forward_features(self, past_values: Tensor, past_observed_mask: Tensor | None = None) -> Tensor:
         """Features that the head reads, ``(B, C, P, D)``; in pre-training those of unmasked patches."""
@@ -253,8 +254,7 @@ class PatchTSMixer(SeriesModel):
         Raises:
             ValueError: the head gives point estimates.
         """
-        self._check_family()
-        return self._estimate(past_values, past_observed_mask, None)[0]
+        return self._estimate(past_values, past_observed_mask)[0]
 
     def distribution(self, past_values: Tensor, past_observed_mask: Tensor | None = None) -> Distribution:
         """Distributions of the values, independent of each other: ``(B, T, C)``, or ``(B, K)`` of a regression.
@@ -262,8 +262,7 @@ class PatchTSMixer(SeriesModel):
         Raises:
             ValueError: the head gives point estimates.
         """
-        self._check_family()
-        return self.family.build(*self._estimate(past_values, past_observed_mask, None))
+        return self.family.build(*self._estimate(past_values, past_observed_mask))
 
     def loss(
         self,
@@ -342,13 +341,12 @@ class PatchTSMixer(SeriesModel):
         y = self.head(h)[0]
         return y if self.cross_channel is None else self.cross_channel(y)
 
-    def _estimate(
-        self, past_values: Tensor, observed: Tensor | None, patch_mask: Tensor | None
-    ) -> tuple[Parameters, Tensor, Tensor]:
-        """The head's estimates, and location and scale of what they estimate."""
-        self._check_inputs(past_values, observed, patch_mask)
+    def _estimate(self, past_values: Tensor, observed: Tensor | None) -> tuple[Parameters, Tensor, Tensor]:
+        """Parameters of the distributions, and location and scale of the values."""
+        self._check_family()
+        self._check_inputs(past_values, observed, None)
         h, loc, scale = self._encode(past_values, observed)
-        return (self._point(h),) if self.family is None else self.head(h), loc, scale
+        return self.head(h), loc, scale
 
     def _reconstruct(
         self, past_values: Tensor, observed: Tensor | None, hidden: Tensor | None

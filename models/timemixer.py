@@ -126,7 +126,7 @@ class Bypass(nn.Module):
     def forward(self, trend: Tensor) -> Tensor:
         # nothing is between the two, so their product, which is small, is formed first
         outer, inner = self.outer, self.inner
-        bias = torch.addmv(outer.bias, outer.weight, inner.bias)
+        bias = F.linear(inner.bias.unsqueeze(0), outer.weight, outer.bias).squeeze(0)
         return (outer.weight @ inner.weight) @ trend + bias.unsqueeze(1)
 
 
@@ -139,8 +139,8 @@ class PerScale(nn.Module):
         common = {"rank": 1, "norm_eps": 1e-5, "device": device, "dtype": dtype}
         self.scales = nn.ModuleList(MetaFormerBlock(dim, grid_size=(length,), **mixers, **common) for length in lengths)
 
-    def forward(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        return [block(h) for block, h in zip(self.scales, scales, strict=True)]
+    def forward(self, scales: Sequence[Tensor], finest: bool = False) -> list[Tensor]:
+        return [block(h) for block, h in zip(self.scales, scales, strict=True)][: 1 if finest else None]
 
 
 class FlatHead(nn.Module):
@@ -286,12 +286,13 @@ class TimeMixer(SeriesModel):
         given = {"past_time_features": past_time_features, "future_time_features": future_time_features}
         self.check(past_values, given | {"past_observed_mask": past_observed_mask})
         if self.task == "classification":
-            return self.head(self._mix(self._scales(past_values))[0], past_observed_mask)
+            return self.head(self._mix(self._scales(past_values), finest=True)[0], past_observed_mask)
         if self.task == "imputation":
             return self._impute(past_values, past_observed_mask)
         scales, statistics = self._normed(self._scales(past_values))
         if self.task == "anomaly":
-            return self._restore(self._read(self._mix(scales)[0], past_values.shape[0]), statistics)
+            y = self._read(self._mix(scales, finest=True)[0], past_values.shape[0])
+            return self._restore(y, statistics)
         inputs, trends = self._split(scales)
         future = None if future_time_features is None else self._rows(self.marks(future_time_features.transpose(0, 1)))
         y = self.head(self._mix(inputs, past_time_features), future)  # (rows, T, K)
@@ -339,8 +340,8 @@ class TimeMixer(SeriesModel):
         C = self.num_channels
         return marks.repeat(1, C, 1) if self.legacy else marks.repeat_interleave(C, 1)
 
-    def _mix(self, scales: list[Tensor], marks: Tensor | None = None) -> list[Tensor]:
-        """Embedding and blocks: ``[(B, L_i, C)]`` to ``[(rows, L_i, D)]``, time-first in memory."""
+    def _mix(self, scales: list[Tensor], marks: Tensor | None = None, finest: bool = False) -> list[Tensor]:
+        """Embedding and blocks: ``[(B, L_i, C)]`` to ``[(rows, L_i, D)]``, or the finest; time-first in memory."""
         maps = []
         for z in scales:
             first = z.transpose(0, 1)  # (L_i, B, C)
@@ -350,8 +351,8 @@ class TimeMixer(SeriesModel):
                 marks = marks[:, :: self.window][:, : len(first)] if maps else marks
                 e = e + self._rows(self.marks(marks.transpose(0, 1)))
             maps.append(self.drop(e).transpose(0, 1))
-        for block in self.blocks:
-            maps = block(maps)
+        for i, block in enumerate(self.blocks, 1):
+            maps = block(maps, finest=finest and i == len(self.blocks))
         return maps
 
     def _read(self, h: Tensor, batch: int) -> Tensor:
@@ -374,7 +375,7 @@ class TimeMixer(SeriesModel):
 
     def _impute(self, x: Tensor, observed: Tensor | None) -> Tensor:
         z, mean, std = self._centred(x, observed)
-        y = self._read(self._mix(self._scales(z))[0], x.shape[0])
+        y = self._read(self._mix(self._scales(z), finest=True)[0], x.shape[0])
         return (widen(y) * std + mean).to(y.dtype)
 
 
