@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
+from ._depthwise import make_depthwise
 from ._layers import Linear, make_activation
 from ._registry import register_channel_mixer
 
@@ -47,9 +48,8 @@ class ConvMlp(nn.Module):
             raise ValueError(f"kernel_size must be odd and positive, so that the map keeps its size; got {kernel_size}")
         dd = {"device": device, "dtype": dtype}
         hidden = int(ratio * dim)
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
         self.fc1 = Linear(dim, hidden, **dd)
-        self.dwconv = conv(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, **dd)
+        self.dwconv = make_depthwise(hidden, (kernel_size,) * rank, **dd)
         self.act = make_activation(act, **dd)
         self.fc2 = Linear(hidden, dim, **dd)
 

@@ -9,20 +9,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._depthwise import depthwise_conv, make_depthwise
 from ._layers import Linear
 
-_CONVS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
+_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def conv_class(rank: int) -> type[nn.Module]:
     """The convolution over grids of that rank."""
-    return _CONVS[rank][0]
-
-
-def convolve(rank: int):
-    """The function of the convolution over grids of that rank."""
-    return _CONVS[rank][1]
+    return _CONVS[rank]
 
 
 def batch_norm(rank: int, dim: int, *, device=None, dtype=None) -> nn.Module:
@@ -58,17 +54,14 @@ class ResidualDepthwise(nn.Module):
 
     def __init__(self, dim: int, *, kernel: Sequence[int] = (3, 3), bias: bool = True, device=None, dtype=None):
         super().__init__()
-        padding, dd = tuple(k // 2 for k in kernel), {"device": device, "dtype": dtype}
-        self.conv = conv_class(len(kernel))(dim, dim, tuple(kernel), padding=padding, groups=dim, bias=bias, **dd)
-        self._convolve = convolve(len(kernel))
+        self.conv = make_depthwise(dim, kernel, bias=bias, device=device, dtype=dtype)
         self._edges = [k // 2 for k in reversed(kernel) for _ in range(2)]
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
         one = conv.weight.new_ones((1,) * conv.weight.ndim)
         weight = conv.weight + F.pad(one, self._edges)
-        y = self._convolve(x.movedim(-1, 1), weight, conv.bias, padding=conv.padding, groups=conv.groups)
-        return y.movedim(1, -1)
+        return depthwise_conv(x.movedim(-1, 1), weight, conv.bias, conv.padding).movedim(1, -1)
 
 
 class ResponseNorm(nn.Module):

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
 
-from ._conv_parts import batch_norm, conv_class, convolve
+from ._conv_parts import batch_norm, conv_class
+from ._depthwise import depthwise_conv, make_depthwise
 from ._registry import register_mixer
 
 # kernel size: (k_i, r_i) of the branches beside the large kernel
@@ -89,9 +90,7 @@ class DilatedConv(nn.Module):
             raise ValueError(f"kernel_size must be one of {', '.join(map(str, BRANCHES))}, got {size}")
         dd = {"device": device, "dtype": dtype}
         rank = len(kernel)
-        padding = tuple(k // 2 for k in kernel)
-        self.conv = conv_class(rank)(dim, dim, tuple(kernel), padding=padding, groups=dim, bias=deploy, **dd)
-        self._convolve = convolve(rank)
+        self.conv = make_depthwise(dim, kernel, bias=deploy, **dd)
         if deploy:
             self.norm, self.branches = nn.Identity(), nn.ModuleDict()
             return
@@ -112,7 +111,7 @@ class DilatedConv(nn.Module):
                 y = y + branch(x)
             return y
         weight, bias = self.folded()
-        return self._convolve(x, weight, bias, padding=self.conv.padding, groups=self.conv.groups)
+        return depthwise_conv(x, weight, bias, self.conv.padding)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Kernel and bias of the one convolution that all branches make with running statistics."""

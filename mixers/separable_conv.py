@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
+from ._depthwise import make_depthwise
 from ._layers import Linear, make_activation
 from ._registry import register_mixer
 
@@ -51,10 +52,9 @@ class SeparableConv(nn.Module):
             raise ValueError(f"kernel_size must be odd and positive, so that the map keeps its size; got {kernel_size}")
         dd = {"device": device, "dtype": dtype}
         hidden = int(expansion * dim)
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[rank]
         self.pwconv1 = Linear(dim, hidden, bias=bias, **dd)
         self.act = make_activation(act, **dd)
-        self.dwconv = conv(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=bias, **dd)
+        self.dwconv = make_depthwise(hidden, (kernel_size,) * rank, bias=bias, **dd)
         self.pwconv2 = Linear(hidden, dim, bias=bias, **dd)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
