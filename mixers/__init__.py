@@ -42,6 +42,7 @@ from ._registry import (
     register_channel_mixer,
     register_mixer,
 )
+from ._scan import selective_scan
 
 __all__ = [
     "CHANNEL_MIXERS",
@@ -56,4 +57,5 @@ __all__ = [
     "parse_spec",
     "register_channel_mixer",
     "register_mixer",
+    "selective_scan",
 ]
