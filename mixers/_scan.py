@@ -6,11 +6,11 @@ Papers: arXiv:2312.00752 (Mamba), arXiv:2403.19888 (MambaMixer). Checked against
     h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  h_0 = 0         h: (D, N) for every sample
     y_t = (C_t h_t + D u_t) silu(z_t)
 
-Time is cut into segments, a segment into K blocks of T steps. The same step of all blocks is one operation, so Python
-takes T steps and not K T: blocks run from zero, their states are carried on by P_k = exp(A sum dt), and blocks run
-again from the states they enter with. Only exponentials of numbers below zero occur, so that any decay and any length
-are safe. The backward pass keeps the states that enter segments and makes the others anew; nothing of size (L, D, N)
-lives between the passes. Arithmetic is in float32, or float64 where the inputs are.
+Time is cut into blocks of T steps, and the same step of K blocks is one operation: blocks run from zero, their states
+are carried on by P_k = exp(A sum dt), and blocks run again from the states they enter with. A batch runs in slices.
+Only exponentials of numbers below zero occur, so that any decay and any length are safe. The backward pass keeps the
+states that enter blocks and makes the others anew; nothing of size (L, D, N) lives between the passes. Arithmetic is in
+float32, or float64 where the inputs are, also under autocast.
 """
 
 from __future__ import annotations
@@ -22,63 +22,59 @@ from torch import Tensor
 from ._counting import Values, count, numel, shape
 from ._tables import island, widen
 
-# states advanced by one operation: enough to keep it busy, few enough to stay in a processor's cache
-_WIDTH = 2**17
-_BLOCKS, _STEPS, _LONGEST = 8, 32, 256
+# most steps of a block, whose entering states are all that is kept
+_STEPS = 32
+# states advanced by one operation: enough to keep it busy; on a CPU all steps of a block should fit the cache
+_WIDTH, _WIDTH_ELSEWHERE = 2**15, 2**20
 
 
-def _plan(length: int, width: int) -> tuple[int, int]:
-    """Blocks K of a segment and their steps T, for ``width`` states at a time."""
-    if width >= _WIDTH:
-        return 1, min(length, _LONGEST)
-    blocks = max(1, min(_BLOCKS, _WIDTH // max(1, width)))
-    steps = _STEPS if length > blocks * _STEPS else -(-length // blocks)
-    return blocks, max(1, steps)
+def _width(device: torch.device) -> int:
+    return _WIDTH if device.type == "cpu" else _WIDTH_ELSEWHERE
 
 
-class _Segments:
-    """Views of sequences by segments, ``(T, B, K, G, H, .)``, padded at the end by identity steps of dt = 0.
+def blocks_of(length: int) -> int:
+    """Blocks that a sequence is cut into."""
+    return max(1, -(-length // _STEPS))
 
-    Args:
-        u, dt: (B, D, L). A: (D, N). B, C: (B, G, N, L); channel d belongs to group d // (D / G).
+
+class _Plan:
+    """Cuts of sequences ``(B, L, ...)`` into blocks, time first: ``(T, B, K, ...)``; steps of dt = 0 fill the last one.
+
+    A segment is a run of blocks that advance together.
     """
 
-    def __init__(self, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor):
-        self.inputs = u, dt, B, C
-        self.batch, self.channels, self.length = u.shape
-        self.groups, self.states = B.shape[1], A.shape[1]
-        self.each = self.channels // self.groups
-        self.A = A.reshape(self.groups, self.each, self.states)
-        self.blocks, self.steps = _plan(self.length, self.batch * self.channels * self.states)
-        self.span = self.blocks * self.steps
-        self.count = -(-self.length // self.span) if self.length else 0
+    def __init__(self, u: Tensor, A: Tensor, B: Tensor):
+        self.batch, self.length, channels = u.shape
+        self.groups, self.states = B.shape[-2:]
+        self.A = A.reshape(self.groups, channels // self.groups, self.states)  # (G, H, N)
+        self.blocks = blocks_of(self.length)
+        self.steps = -(-self.length // self.blocks)
+        together = max(1, min(self.blocks, _width(u.device) // max(1, self.batch * A.numel())))
+        self.segments = [range(k, min(k + together, self.blocks)) for k in range(0, self.blocks, together)]
 
-    def state(self) -> Tensor:
-        return self.A.new_zeros(self.batch, *self.A.shape)
+    def cut(self, x: Tensor, segment: range) -> Tensor:
+        """Blocks of ``(B, L, ...)``: ``(T, B, K, ...)``."""
+        part = x[:, segment.start * self.steps : segment.stop * self.steps]
+        missing = len(segment) * self.steps - part.shape[1]
+        if missing:
+            part = torch.cat([part, part.new_zeros(part.shape[0], missing, *part.shape[2:])], 1)
+        return part.unflatten(1, (len(segment), self.steps)).movedim(2, 0).contiguous()
 
-    def cut(self, x: Tensor, i: int) -> Tensor:
-        """Segment i of ``(B, ..., L)``, time first: ``(T, B, K, ...)``."""
-        part = x[..., i * self.span : (i + 1) * self.span]
-        part = F.pad(part, (0, self.span - part.shape[-1])).unflatten(-1, (self.blocks, self.steps))
-        return part.movedim((-1, -2), (0, 2)).contiguous()
+    def channels(self, x: Tensor, segment: range) -> Tensor:
+        """Blocks of ``(B, L, D)``: ``(T, B, K, G, H, 1)``."""
+        return self.cut(x, segment).unflatten(-1, (self.groups, -1)).unsqueeze(-1)
 
-    def channels_of(self, x: Tensor, i: int) -> Tensor:
-        """Segment i of ``(B, D, L)``: ``(T, B, K, G, H)``."""
-        return self.cut(x.unflatten(1, (self.groups, self.each)), i)
-
-    def joined(self, parts: list[Tensor]) -> Tensor:
-        """Segments ``(T, B, K, ...)`` as ``(B, ..., L)``."""
-        whole = torch.stack(parts).movedim((0, 3, 1), (-3, -2, -1)).flatten(-3)  # from (S, T, B, K, ...)
-        return whole[..., : self.length]
-
-    def decays(self, dt: Tensor) -> Tensor:
-        """P of every block: ``(B, K, G, H, N)``."""
-        return torch.exp(dt.sum(0).unsqueeze(-1) * self.A)
+    def join(self, part: Tensor, whole: Tensor, segment: range) -> None:
+        """Write blocks ``(T, B, K, ...)`` into ``(B, L, ...)``."""
+        start = segment.start * self.steps
+        stop = min(segment.stop * self.steps, self.length)
+        flat = part.movedim(0, 2).flatten(1, 2)[:, : stop - start]  # (B, L', ...)
+        whole[:, start:stop] = flat.reshape(flat.shape[:2] + whole.shape[2:])
 
 
-def _carried(local: Tensor, decay: Tensor, first: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
+def _carried(local: Tensor, decay: Tensor, state: Tensor, reverse: bool = False) -> tuple[Tensor, Tensor]:
     """What enters each block, and what leaves the last one, of block results ``(B, K, ...)`` that began at zero."""
-    entering, state = torch.empty_like(local), first
+    entering = torch.empty_like(local)
     blocks = range(local.shape[1])
     for k in reversed(blocks) if reverse else blocks:
         entering[:, k] = state
@@ -86,126 +82,132 @@ def _carried(local: Tensor, decay: Tensor, first: Tensor, reverse: bool = False)
     return entering, state
 
 
+def _run(a: Tensor, h: Tensor, first: Tensor) -> None:
+    """h_t <- a_t h_{t-1} + h_t in place over the first axis, from ``first``."""
+    for t in range(len(h)):
+        first = h[t].addcmul_(a[t], first)
+
+
 def _forward(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Readout ``(B, D, L)``, last state, and the states that enter segments ``(S, B, G, H, N)``."""
-    parts = _Segments(u, dt, A, B, C)
-    state, entered, ys = parts.state(), [], []
-    for i in range(parts.count):
-        entered.append(state)
-        dts, us = (parts.channels_of(t, i).unsqueeze(-1) for t in (dt, u))  # (T, B, K, G, H, 1)
-        Bs = parts.cut(B, i).unsqueeze(-2)  # (T, B, K, G, 1, N)
-        Cs = parts.cut(C, i).unsqueeze(-1)  # (T, B, K, G, N, 1)
-        xs = dts * us
-        h = xs.new_zeros(parts.batch, parts.blocks, *parts.A.shape)
-        a = torch.empty_like(h)
-        if parts.blocks > 1:
-            for t in range(parts.steps):
-                torch.mul(dts[t], parts.A, out=a)
-                h.mul_(a.exp_()).addcmul_(xs[t], Bs[t])
-            h, state = _carried(h, parts.decays(dts.squeeze(-1)), state)
+    """See `scan`."""
+    plan = _Plan(u, A, B)
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    state = A.new_zeros(plan.batch, *plan.A.shape)
+    entered = A.new_empty(plan.batch, plan.blocks, *plan.A.shape)
+    for segment in plan.segments if plan.length else ():
+        dts = plan.channels(dt, segment)
+        a = torch.mul(dts, plan.A).exp_()  # (T, B, K, G, H, N)
+        h = (dts * plan.channels(u, segment)) * plan.cut(B, segment).unsqueeze(-2)
+        within = entered[:, segment.start : segment.stop]
+        if len(segment) > 1:
+            local = h[0]
+            for t in range(1, plan.steps):
+                local = torch.addcmul(h[t], a[t], local)
+            within[:], state = _carried(local, torch.exp(dts.sum(0) * plan.A), state)
+            _run(a, h, within)
         else:
-            h.copy_(state.unsqueeze(1))
-        y = xs.new_empty(parts.steps, parts.batch, parts.blocks, *parts.A.shape[:2])
-        for t in range(parts.steps):
-            torch.mul(dts[t], parts.A, out=a)
-            h.mul_(a.exp_()).addcmul_(xs[t], Bs[t])
-            y[t] = torch.matmul(h, Cs[t]).squeeze(-1)
-        if parts.blocks == 1:
-            state = h[:, 0].clone()
-        ys.append(y)
-    y = parts.joined(ys).flatten(1, 2) if ys else torch.empty_like(u)
-    entered = torch.stack(entered) if entered else state.new_empty(0, *state.shape)
-    return y, state.flatten(1, 2), entered
+            within[:, 0] = state
+            _run(a, h, within)
+            state = h[-1, :, 0]
+        plan.join(torch.matmul(h, plan.cut(C, segment).unsqueeze(-1)), y, segment)
+    return y, state.flatten(1, 2).clone(), entered.flatten(2, 3)
 
 
-def _segment_states(
-    parts: _Segments, dts: Tensor, xs: Tensor, Bs: Tensor, state: Tensor, decay: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Decays of all steps of a segment, and its states with those before the first: ``(T (+ 1), B, K, G, H, N)``."""
-    a = torch.exp_(dts * parts.A)
-    h = a.new_zeros(parts.steps + 1, *a.shape[1:])
-    if parts.blocks > 1:
-        local = h[0].clone()
-        for t in range(parts.steps):
-            local.mul_(a[t]).addcmul_(xs[t], Bs[t])
-        h[0] = _carried(local, decay, state)[0]
+def _adjoints(a: Tensor, g: Tensor, decay: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """g_t <- g_t + a_{t+1} g_{t+1} over blocks ``(T, B, K, ...)``, and a_0 g_0 of the first of them.
+
+    Args:
+        decay: P of every block, ``(B, K, ...)``. back: that product of what comes after them, ``(B, ...)``.
+    """
+    several = g.shape[2] > 1
+    if several:
+        local = g[-1]
+        for t in reversed(range(1, len(g))):
+            local = torch.addcmul(g[t - 1], a[t], local)
+        backs, back = _carried(a[0] * local, decay, back, reverse=True)
+        g[-1] += backs
     else:
-        h[0, :, 0] = state
-    for t in range(parts.steps):
-        torch.mul(h[t], a[t], out=h[t + 1])
-        h[t + 1].addcmul_(xs[t], Bs[t])
-    return a, h
-
-
-def _adjoints(
-    parts: _Segments, a: Tensor, dys: Tensor, Cs: Tensor, last: Tensor, decay: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of all states of a segment, and of the state that enters it, from that of the one that leaves it."""
-    g = torch.empty_like(a)
-    if parts.blocks > 1:
-        r = torch.zeros_like(a[0])
-        for t in reversed(range(parts.steps)):
-            r.addcmul_(dys[t], Cs[t]).mul_(a[t])
-        r, first = _carried(r, decay, last, reverse=True)
-    else:
-        r = last.unsqueeze(1).clone()
-    for t in reversed(range(parts.steps)):
-        torch.addcmul(r, dys[t], Cs[t], out=g[t])
-        torch.mul(g[t], a[t], out=r)
-    return g, first if parts.blocks > 1 else r[:, 0]
+        g[-1, :, 0] += back
+    for t in reversed(range(1, len(g))):
+        g[t - 1].addcmul_(a[t], g[t])
+    return g, back if several else a[0, :, 0] * g[0, :, 0]
 
 
 def _backward(
     dy: Tensor, dlast: Tensor, entered: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of u, dt, A, B, C."""
-    parts = _Segments(u, dt, A, B, C)
-    last = dlast.unflatten(1, (parts.groups, parts.each)).clone()
-    dA = torch.zeros_like(parts.A)
-    found: list[list[Tensor]] = [[], [], [], []]
-    for i in reversed(range(parts.count)):
-        dts, us, dys = (parts.channels_of(t, i).unsqueeze(-1) for t in (dt, u, dy))
-        Bs, Cs = (parts.cut(t, i).unsqueeze(-2) for t in (B, C))  # (T, B, K, G, 1, N)
-        xs, decay = dts * us, parts.decays(dts.squeeze(-1))
-        a, h = _segment_states(parts, dts, xs, Bs, entered[i], decay)
-        g, last = _adjoints(parts, a, dys, Cs, last, decay)
+    """See `scan_backward`."""
+    plan = _Plan(u, A, B)
+    entered = entered.unflatten(2, plan.A.shape[:2])
+    back = dlast.unflatten(1, plan.A.shape[:2])  # of the state that leaves the segment
+    dA = torch.zeros_like(plan.A)
+    du, ddt, dB, dC = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (u, dt, B, C))
+    for segment in reversed(plan.segments) if plan.length else ():
+        dts, us, dys = (plan.channels(t, segment) for t in (dt, u, dy))
+        Bs, Cs = (plan.cut(t, segment).unsqueeze(-2) for t in (B, C))  # (T, B, K, G, 1, N)
+        xs = dts * us
+        a = torch.mul(dts, plan.A).exp_()  # (T, B, K, G, H, N)
+        h, first = xs * Bs, entered[:, segment.start : segment.stop]
+        _run(a, h, first)
+        g, back = _adjoints(a, dys * Cs, torch.exp(dts.sum(0) * plan.A), back)
+        plan.join(torch.matmul(xs.mT, g), dB, segment)
+        plan.join(torch.matmul(dys.mT, h), dC, segment)
         dx = torch.matmul(g, Bs.mT)  # (T, B, K, G, H, 1)
-        dB = torch.matmul(xs.mT, g).squeeze(-2)  # (T, B, K, G, N)
-        dC = torch.matmul(dys.mT, h[1:]).squeeze(-2)
-        e = a.mul_(g).mul_(h[:-1])
-        dA += (e * dts).sum((0, 1, 2))
-        ddt = e.mul_(parts.A).sum(-1, keepdim=True).addcmul_(us, dx)
-        for results, part in zip(found, ((dts * dx).squeeze(-1), ddt.squeeze(-1), dB, dC), strict=True):
-            results.append(part)
-    if not parts.count:
-        return tuple(torch.zeros_like(t) for t in (u, dt, A, B, C))
-    du, ddt, dB, dC = (parts.joined(results[::-1]) for results in found)
-    return du.flatten(1, 2), ddt.flatten(1, 2), dA.reshape(A.shape), dB, dC
+        a.mul_(g)
+        a[1:].mul_(h[:-1])
+        a[0].mul_(first)
+        dA += (a * dts).sum((0, 1, 2))
+        plan.join(dts * dx, du, segment)
+        plan.join(a.mul_(plan.A).sum(-1, keepdim=True).addcmul_(us, dx), ddt, segment)
+    return du, ddt, dA.reshape(A.shape), dB, dC
+
+
+def _slices(u: Tensor, A: Tensor) -> list[slice]:
+    """Parts of the batch that run one after another, so that memory does not grow with it."""
+    size = max(1, _width(u.device) // max(1, A.numel()))
+    return [slice(i, i + size) for i in range(0, u.shape[0], size)] or [slice(None)]
+
+
+# the operator; a kernel registered for a device takes the place of the functions above there
 
 
 @torch.library.custom_op("mixzoo::selective_scan", mutates_args=())
-def _operator(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(t.contiguous() for t in _forward(u, dt, A, B, C))
+def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence on channels-last sequences of one floating-point dtype.
 
+    Args:
+        u, dt: (B, L, D). A: (D, N). B, C: (B, L, G, N).
 
-@_operator.register_fake
-def _(u, dt, A, B, C):
-    batch, channels, length = u.shape
-    groups = B.shape[1]
-    blocks, steps = _plan(length, batch * channels * A.shape[1]) if isinstance(batch, int) else (1, 1)
-    segments = -(-length // (blocks * steps))
-    state = u.new_empty(segments, batch, groups, channels // groups, A.shape[1])
-    return u.new_empty(batch, channels, length), u.new_empty(batch, channels, A.shape[1]), state
+    Returns:
+        y (B, L, D), the last state (B, D, N), and the states that enter blocks, (B, blocks_of(L), D, N).
+    """
+    parts = _slices(u, A)
+    if len(parts) == 1:
+        return _forward(u, dt, A, B, C)
+    return tuple(map(torch.cat, zip(*(_forward(u[i], dt[i], A, B[i], C[i]) for i in parts), strict=True)))
 
 
 @torch.library.custom_op("mixzoo::selective_scan_backward", mutates_args=())
-def _operator_backward(
+def scan_backward(
     dy: Tensor, dlast: Tensor, entered: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(t.contiguous() for t in _backward(dy, dlast, entered, u, dt, A, B, C))
+    """Gradients of u, dt, A, B, C from those of y and of the last state."""
+    parts = _slices(u, A)
+    if len(parts) == 1:
+        return _backward(dy, dlast, entered, u, dt, A, B, C)
+    found = [_backward(dy[i], dlast[i], entered[i], u[i], dt[i], A, B[i], C[i]) for i in parts]
+    du, ddt, dA, dB, dC = zip(*found, strict=True)
+    return torch.cat(du), torch.cat(ddt), torch.stack(dA).sum(0), torch.cat(dB), torch.cat(dC)
 
 
-@_operator_backward.register_fake
+@scan.register_fake
+def _(u, dt, A, B, C):
+    batch, length, _ = u.shape
+    states = A.shape
+    return u.new_empty(u.shape), u.new_empty(batch, *states), u.new_empty(batch, blocks_of(length), *states)
+
+
+@scan_backward.register_fake
 def _(dy, dlast, entered, u, dt, A, B, C):
     return tuple(t.new_empty(t.shape) for t in (u, dt, A, B, C))
 
@@ -216,10 +218,10 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy: Tensor, dlast: Tensor, _entered: Tensor):
     *inputs, entered = ctx.saved_tensors
-    return _operator_backward(dy, dlast, entered, *inputs)
+    return scan_backward(dy, dlast, entered, *inputs)
 
 
-_operator.register_autograd(_differentiate, setup_context=_keep)
+scan.register_autograd(_differentiate, setup_context=_keep)
 
 
 @count("mixzoo::selective_scan", column="matmul")
@@ -232,16 +234,13 @@ def _count(inputs: Values, outputs: Values) -> dict[str, int]:
     return {"matmul": 2 * elements, "other": 3 * elements, "activations": numel(outputs[0])}
 
 
-def _per_channel(x: Tensor, u: Tensor, groups: int) -> Tensor:
-    """B or C as ``(B, groups, N, L)``: given by group, by all channels, or for all steps ``(D, N)``."""
-    batch, channels, length = u.shape
+def _by_step(x: Tensor, u: Tensor, groups: int) -> Tensor:
+    """B or C as ``(B, L, groups, N)``: given by group, by all channels, or for all steps ``(D, N)``."""
     if x.ndim == 2:
-        x = x.reshape(1, channels, -1, 1).expand(batch, -1, -1, length)
-    elif x.ndim == 3:
-        x = x.unsqueeze(1)
-    if x.shape[1] == groups:
-        return x
-    return x.repeat_interleave(groups // x.shape[1], 1)
+        return x.expand(u.shape[0], u.shape[2], -1, -1)
+    x = x.unsqueeze(1) if x.ndim == 3 else x
+    x = x.permute(0, 3, 1, 2)  # (B, L, G, N)
+    return x if x.shape[2] == groups else x.repeat_interleave(groups // x.shape[2], 2)
 
 
 def _check(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
@@ -303,8 +302,9 @@ def selective_scan(
         groups = max(x.shape[1] if t.ndim == 2 else 1 if t.ndim == 3 else t.shape[1] for t in (B, C))
         if any(groups % (t.shape[1] if t.ndim == 4 else 1) for t in (B, C)):
             raise ValueError(f"the groups of B and C must divide each other, got {tuple(B.shape)} and {tuple(C.shape)}")
-        reads = [_per_channel(widen(t), x, groups).to(x.dtype) for t in (B, C)]
-        y, last, _ = _operator(x, dt.to(x.dtype), decay.to(x.dtype), *reads)
+        reads = [_by_step(widen(t), x, groups).to(x.dtype) for t in (B, C)]
+        y, last, _ = scan(x.mT, dt.mT.to(x.dtype), decay.to(x.dtype), *reads)
+        y = y.mT
         if D is not None:
             y = torch.addcmul(y, x, D.to(y.dtype).unsqueeze(-1))
         if z is not None:

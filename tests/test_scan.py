@@ -60,12 +60,13 @@ def assert_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> No
         assert (a - b).abs().max() <= 1e-10 * b.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("plan", [None, (1, 5), (3, 4), (8, 32)])
+@pytest.mark.parametrize("plan", [None, (5, 1), (4, 150), (4, 2**15)])
 @pytest.mark.parametrize("length", [1, 11, 12, 13, 37])
 @pytest.mark.parametrize("groups", [1, 3, None])
 def test_equals_the_recurrence(plan, length, groups, monkeypatch):
     if plan is not None:
-        monkeypatch.setattr(_scan, "_plan", lambda *_: plan)
+        monkeypatch.setattr(_scan, "_STEPS", plan[0])
+        monkeypatch.setattr(_scan, "_WIDTH", plan[1])
     inputs = make(length, groups)
     results = mixzoo.selective_scan(**inputs, delta_softplus=True, return_last_state=True)
     expected = step_by_step(**inputs, delta_softplus=True)
@@ -100,8 +101,9 @@ def test_lower_precision_is_that_of_the_inputs_alone():
 
 def test_operator_is_well_behaved():
     inputs = make(9)
-    scanned = [inputs[name].detach() for name in ("u", "delta", "A", "B", "C")]
-    torch.library.opcheck(_scan._operator, tuple(x.requires_grad_() for x in scanned))
+    u, delta, A, B, C = (inputs[name].detach() for name in ("u", "delta", "A", "B", "C"))
+    scanned = u.mT, delta.mT, A, B.permute(0, 3, 1, 2), C.permute(0, 3, 1, 2)
+    torch.library.opcheck(_scan.scan, tuple(x.requires_grad_() for x in scanned))
 
 
 def test_wrong_shapes_are_named():
