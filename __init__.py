@@ -8,6 +8,7 @@ from .mixers import (
     nchw,
     neighborhood_apply,
     register_mixer,
+    selective_scan,
 )
 from .models import MetaFormer, MetaFormerBlock, ResidualBranch, complexity, create_model, list_models, reparameterize
 from .models.timm_bridge import register_all
@@ -36,4 +37,5 @@ __all__ = [
     "register_mixer",
     "reparameterize",
     "save",
+    "selective_scan",
 ]

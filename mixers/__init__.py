@@ -9,6 +9,7 @@ G groups or heads, D head width, L time steps, P patches, M hidden width.
 from . import (  # noqa: F401 - registers them
     _channel_mlp,
     _conv_mlp,
+    _selective_channel,
     aff,
     attention,
     contmix,
@@ -26,6 +27,7 @@ from . import (  # noqa: F401 - registers them
     raft,
     random,
     scattering,
+    selective_token,
     separable_conv,
     spatial_fc,
 )
@@ -42,6 +44,7 @@ from ._registry import (
     register_channel_mixer,
     register_mixer,
 )
+from ._scan import selective_scan
 
 __all__ = [
     "CHANNEL_MIXERS",
@@ -56,4 +59,5 @@ __all__ = [
     "parse_spec",
     "register_channel_mixer",
     "register_mixer",
+    "selective_scan",
 ]

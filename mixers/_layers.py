@@ -21,6 +21,15 @@ def is_symbolic(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
+def undecayed(model: nn.Module) -> set[str]:
+    """Names of parameters that take no weight decay besides vectors and biases: what modules list as ``undecayed``."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "undecayed", ())
+    }
+
+
 _ONEDNN = torch.backends.mkldnn.is_available()
 
 

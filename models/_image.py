@@ -15,7 +15,7 @@ from timm.layers import SelectAdaptivePool2d, get_device_dtype, trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from ..mixers._layers import SquaredReLU, is_symbolic, make_norm
+from ..mixers._layers import SquaredReLU, is_symbolic, make_norm, undecayed
 
 
 class MlpHead(nn.Module):
@@ -225,7 +225,7 @@ class ImageBackbone(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that take no weight decay besides vectors and biases."""
-        return {name for name, _ in self.named_parameters() if name.endswith("pos_embed")}
+        return {name for name, _ in self.named_parameters() if name.endswith("pos_embed")} | undecayed(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images ``(B, in_chans, H, W)`` to the last map ``(B, num_features, H', W')``, before the head."""
