@@ -87,7 +87,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequ
     Returns:
         ``(B, C, *grid')``, where the side n is n + 2 padding - kernel + 1.
     """
-    rank = weight.ndim - 2
+    rank = len(padding)
     if is_symbolic(x) or rank == 3 or x.numel() == 0:
         return _CONVS[rank][1](x, weight, bias, padding=padding, groups=weight.shape[0])
     if rank == 1:

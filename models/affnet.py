@@ -26,7 +26,8 @@ from torch import Tensor
 from ..mixers import TOKEN_MIXERS
 from ..mixers._layers import make_norm
 from ..mixers._registry import specs_per_block
-from ._image import ClassifierHead, ImageBackbone, init_linear, to_size
+from ._hierarchical import HierarchicalBackbone
+from ._image import ClassifierHead, init_linear
 from ._registry import register_models
 from ._slicing import run_sliced
 from .block import ResidualBranch
@@ -199,7 +200,7 @@ class AFFStage(nn.Module):
             self.mix.set_grid_size(grid_size)
 
 
-class AFFNet(ImageBackbone):
+class AFFNet(HierarchicalBackbone):
     """Five stages, the last three with token mixers.
 
     Args:
@@ -217,6 +218,9 @@ class AFFNet(ImageBackbone):
     Shapes: images ``(B, in_chans, H, W)`` of any size to logits ``(B, num_classes)``. The maps have strides 2, 4, 8, 16
     and 32; the last one is the widened one.
     """
+
+    # the stride of the stem
+    smallest_side = 2
 
     def __init__(
         self,
@@ -248,7 +252,7 @@ class AFFNet(ImageBackbone):
         specs = specs_per_block(token_mixer, depths, "token_mixer")
         head_width = min(4 * widths[-1], max_head_width)
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=head_width, img_size=img_size)
-        self._check_side(self.img_size, "img_size")
+        self.check_side(self.img_size, "img_size")
         dd = {"device": device, "dtype": dtype}
         self.stem = AFFStem(in_chans, 16, **dd)
 
@@ -272,46 +276,14 @@ class AFFNet(ImageBackbone):
         for i, width in enumerate((*widths[:-1], head_width)):
             self.feature_info.append({"num_chs": width, "reduction": 2 ** (i + 1), "module": f"stages.{i}"})
         # stages whose parameters depend on the grid
-        self._bound = {j + 2: grids[j + 2] for j in range(3) if any(map(TOKEN_MIXERS.needs_grid, specs[j]))}
+        self.bound = {j + 2: grids[j + 2] for j in range(3) if any(map(TOKEN_MIXERS.needs_grid, specs[j]))}
         self.apply(init_linear)
         pool = {"global_pool": global_pool, "drop_rate": drop_rate}
         self.head = ClassifierHead(head_width, num_classes, norm=None, norm_eps=_NORM_EPS, **pool, **dd)
 
-    @staticmethod
-    def _check_side(img_size: Sequence[int], name: str) -> None:
-        if min(img_size) < 2:
-            raise ValueError(f"{name} {tuple(img_size)} is too small: sides must be at least 2, the stride of the stem")
-
-    @staticmethod
-    def grids(img_size: Sequence[int]) -> list[tuple[int, int]]:
+    def grids(self, img_size: Sequence[int]) -> list[tuple[int, int]]:
         """(H, W) of every stage's map for images of ``img_size`` pixels."""
         return [tuple(-(-side // 2 ** (i + 1)) for side in img_size) for i in range(5)]
-
-    def check_input_size(self, img_size: Sequence[int]) -> None:
-        """Raise ValueError unless images of this size can be taken; see `ImageBackbone`."""
-        self._check_side(img_size, "input size")
-        grids = self.grids(img_size)
-        for stage, grid in self._bound.items():
-            if stage < len(self.stages) and grids[stage] != grid:
-                raise ValueError(
-                    f"input size {tuple(img_size)} gives the grid {grids[stage]} at stage {stage}, whose parameters "
-                    f"are bound to {grid}: give images of {self.img_size} pixels, or call "
-                    f"set_input_size({tuple(img_size)}) first"
-                )
-
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resize every parameter that depends on the grid to images of ``img_size`` pixels; filters have none.
-
-        Must run before the optimizer, DDP or `torch.compile` sees the parameters.
-        """
-        img_size = to_size(img_size)
-        self._check_side(img_size, "img_size")
-        grids = self.grids(img_size)
-        for i, stage in enumerate(self.stages):
-            if i in self._bound and self._bound[i] != grids[i]:
-                stage.set_grid_size(grids[i])
-                self._bound[i] = grids[i]
-        self.img_size = img_size
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

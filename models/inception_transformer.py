@@ -23,6 +23,7 @@ from timm.layers import calculate_drop_path_rates, register_notrace_function
 from torch import Tensor
 
 from ..mixers._registry import specs_per_block
+from ._hierarchical import stage_groups
 from ._image import ClassifierHead, ImageBackbone, init_linear_and_conv, to_size
 from ._registry import register_models
 from .block import MetaFormerBlock
@@ -167,12 +168,7 @@ class InceptionTransformer(ImageBackbone):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        blocks = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^head\.norm", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+        return stage_groups(coarse)
 
 
 def _heads(pool: int, *heads: tuple[int, int]) -> list[tuple[str, dict]]:

@@ -22,7 +22,8 @@ from torch import Tensor
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 from ..mixers._layers import make_norm, resample
 from ..mixers._registry import specs_per_block
-from ._image import ClassifierHead, ImageBackbone, init_linear, init_linear_and_conv, to_size
+from ._hierarchical import HierarchicalBackbone, stage_groups
+from ._image import ClassifierHead, init_linear, init_linear_and_conv
 from ._slicing import run_sliced
 from .block import MetaFormerBlock
 
@@ -98,7 +99,7 @@ class MetaFormerStage(nn.Module):
             block.set_grid_size(grid_size)
 
 
-class MetaFormer(ImageBackbone):
+class MetaFormer(HierarchicalBackbone):
     """Hierarchical MetaFormer with any registered mixers.
 
     Args:
@@ -207,7 +208,7 @@ class MetaFormer(ImageBackbone):
             self.feature_info.append({"num_chs": dims[i], "reduction": stem_stride * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*built)
         # stages whose parameters depend on the grid, and so bind the input size
-        self._bound = {
+        self.bound = {
             i: grids[i]
             for i in range(stages)
             if i in pos_embed
@@ -243,46 +244,10 @@ class MetaFormer(ImageBackbone):
             grids.append(sides)
         return grids
 
-    def check_input_size(self, img_size: Sequence[int]) -> None:
-        """Raise ValueError unless images of this size can be taken; see `ImageBackbone`."""
-        if min(img_size) < self.smallest_side:
-            raise ValueError(f"input size {tuple(img_size)} is too small: sides must be at least {self.smallest_side}")
-        if self._bound:
-            grids = self.grids(img_size)
-            for stage, grid in self._bound.items():
-                if stage < len(grids) and grids[stage] != grid:
-                    raise ValueError(
-                        f"input size {tuple(img_size)} gives the grid {grids[stage]} at stage {stage}, whose "
-                        f"parameters are bound to {grid}: give images of {self.img_size} pixels, or call "
-                        f"set_input_size({tuple(img_size)}) first"
-                    )
-
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resize every parameter that depends on the grid to images of ``img_size`` pixels.
-
-        Mixers follow their authors' procedure where there is one, position embeddings are resampled bicubically. Must
-        run before the optimizer, DDP or `torch.compile` sees the parameters. Sizes that no parameter depends on are
-        only recorded.
-        """
-        img_size = to_size(img_size)
-        grids = self.grids(img_size)
-        if min(grids[-1]) < 1:
-            raise ValueError(f"img_size={img_size} is too small: sides must be at least {self.smallest_side}")
-        for i, stage in enumerate(self.stages):
-            if i in self._bound and self._bound[i] != grids[i]:
-                stage.set_grid_size(grids[i])
-                self._bound[i] = grids[i]
-        self.img_size = img_size
-
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        blocks = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
-            (r"^head\.norm", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+        return stage_groups(coarse, "downsample|pos_embed")
 
 
 def _per_stage(value: Any, stages: int) -> list[float | None]:

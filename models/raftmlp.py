@@ -25,6 +25,7 @@ from torch import Tensor
 from ..mixers import TOKEN_MIXERS
 from ..mixers._registry import specs_per_block
 from ..mixers.raft import BicubicResize
+from ._hierarchical import stage_groups
 from ._image import ClassifierHead, ImageBackbone, check_image, to_size
 from ._registry import register_models
 from .block import MetaFormerBlock
@@ -207,12 +208,7 @@ class RaftMLP(ImageBackbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        blocks = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^head\.norm", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+        return stage_groups(coarse)
 
 
 def _kernels(

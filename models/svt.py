@@ -26,13 +26,11 @@ from torch import Tensor
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 from ..mixers._channel_mlp import ChannelMlp
 from ..mixers._registry import specs_per_block
-from ._image import ImageBackbone, check_image, init_linear, to_size
+from ._hierarchical import HierarchicalBackbone, stage_groups
+from ._image import check_image, init_linear
 from ._registry import register_models
 from .block import MetaFormerBlock
 from .metaformer import MetaFormerStage
-
-# smallest side that fills one position of the first stage
-_SMALLEST = 4
 
 
 def init_svt(module: nn.Module) -> None:
@@ -221,7 +219,7 @@ class ClassTokenHead(nn.Module):
         return self.fc(token, self.drop(positions))
 
 
-class SVT(ImageBackbone):
+class SVT(HierarchicalBackbone):
     """Four stages of blocks with any registered mixers, and a class token.
 
     Args:
@@ -237,6 +235,9 @@ class SVT(ImageBackbone):
     Shapes: images ``(B, in_chans, H, W)`` to logits ``(B, num_classes)``, in training too; `forward_token_labels` gives
     what a loss on dense labels needs.
     """
+
+    # fills one position of the first stage
+    smallest_side = 4
 
     def __init__(
         self,
@@ -263,11 +264,12 @@ class SVT(ImageBackbone):
         token_specs = specs_per_block(token_mixer, depths, "token_mixer")
         channel_specs = specs_per_block(channel_mixer, depths, "channel_mixer")
         super().__init__(in_chans=in_chans, num_classes=num_classes, num_features=dims[-1], img_size=img_size)
-        self._check_side(self.img_size, "img_size")
+        self._stages = stages
+        self.check_side(self.img_size, "img_size")
         dd = {"device": device, "dtype": dtype}
         self.stem = SVTStem(in_chans, stem_dim, dims[0], **dd)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        grids, built = self.grids(self.img_size, stages), []
+        grids, built = self.grids(self.img_size), []
         for i in range(stages):
             blocks = [
                 MetaFormerBlock(
@@ -280,7 +282,7 @@ class SVT(ImageBackbone):
             self.feature_info.append({"num_chs": dims[i], "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*built)
         # stages whose parameters depend on the grid
-        self._bound = {
+        self.bound = {
             i: grids[i]
             for i in range(stages)
             if any(map(TOKEN_MIXERS.needs_grid, token_specs[i]))
@@ -291,41 +293,9 @@ class SVT(ImageBackbone):
         self.head = ClassTokenHead(dims[-1], num_classes, **options, **dd)
         self.head.class_block.apply(init_svt)
 
-    @staticmethod
-    def _check_side(img_size: Sequence[int], name: str) -> None:
-        if min(img_size) < _SMALLEST:
-            raise ValueError(f"{name} {tuple(img_size)} is too small: sides must be at least {_SMALLEST}")
-
-    @staticmethod
-    def grids(img_size: Sequence[int], stages: int = 4) -> list[tuple[int, int]]:
+    def grids(self, img_size: Sequence[int]) -> list[tuple[int, int]]:
         """(H, W) of every stage's map for images of ``img_size`` pixels."""
-        return [tuple(-(-side // (4 * 2**i)) for side in img_size) for i in range(stages)]
-
-    def check_input_size(self, img_size: Sequence[int]) -> None:
-        """Raise ValueError unless images of this size can be taken; see `ImageBackbone`."""
-        self._check_side(img_size, "input size")
-        grids = self.grids(img_size)
-        for stage, grid in self._bound.items():
-            if stage < len(self.stages) and grids[stage] != grid:
-                raise ValueError(
-                    f"input size {tuple(img_size)} gives the grid {grids[stage]} at stage {stage}, whose parameters "
-                    f"are bound to {grid}: give images of {self.img_size} pixels, or call "
-                    f"set_input_size({tuple(img_size)}) first"
-                )
-
-    def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resize every parameter that depends on the grid to images of ``img_size`` pixels, see `Scattering`.
-
-        Must run before the optimizer, DDP or `torch.compile` sees the parameters.
-        """
-        img_size = to_size(img_size)
-        self._check_side(img_size, "img_size")
-        grids = self.grids(img_size)
-        for i, stage in enumerate(self.stages):
-            if i in self._bound and self._bound[i] != grids[i]:
-                stage.set_grid_size(grids[i])
-                self._bound[i] = grids[i]
-        self.img_size = img_size
+        return [tuple(-(-side // (4 * 2**i)) for side in img_size) for i in range(self._stages)]
 
     def forward_token_labels(self, x: Tensor, box: tuple[int, int, int, int] | None = None) -> tuple[Tensor, Tensor]:
         """Logits of the class token ``(B, classes)`` and of every position ``(B, H' W', classes)``, for training.
@@ -355,12 +325,7 @@ class SVT(ImageBackbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        blocks = [
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^head\.(?:norm|class_block)", (99999,)),
-        ]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+        return stage_groups(coarse, last="norm|class_block")
 
 
 def _swap(x: Tensor, box: Sequence[int]) -> Tensor:
