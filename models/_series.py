@@ -5,7 +5,6 @@ Letters: B batch, L past steps, T future steps, C channels (series), F time feat
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -22,11 +21,13 @@ class SeriesModel(nn.Module):
     Attributes:
         context_length, prediction_length, num_channels: L, T, C.
         forward_inputs: names of the optional inputs that this model takes.
+        task: what the head is for; models with several tasks write it in their constructor.
         config: name and options it was created with.
         class_names: of a classifier, or None.
     """
 
     modality = "series"
+    task = "forecast"
 
     def __init__(self, *, context_length: int, prediction_length: int, num_channels: int):
         super().__init__()
@@ -43,9 +44,20 @@ class SeriesModel(nn.Module):
         self.config: dict = {}
         self.class_names: list[str] | None = None
 
-    @abstractmethod
     def get_classifier(self) -> nn.Module | None:
-        """The last layer of a classifier; None for other heads."""
+        """The last linear layer of a classifier; None for the other tasks."""
+        return self.head.fc if self.task == "classification" else None
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New last layer of a classifier.
+
+        Raises:
+            ValueError: the model is no classifier.
+        """
+        if self.task != "classification":
+            raise ValueError(f"this {type(self).__name__} is for {self.task} and has no classifier to reset")
+        self.head.reset(num_classes)
+        self.num_classes = num_classes
 
     def check(self, past_values: Tensor, optional: Mapping[str, Tensor | None], any_channels: bool = False) -> None:
         """Raise unless this model takes these inputs; graphs are captured without the check.

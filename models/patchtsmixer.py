@@ -215,21 +215,6 @@ class PatchTSMixer(SeriesModel):
         self._any_channels = not self.mixed and task == "forecast" and cross_channel is None
         self.apply(_init)
 
-    def get_classifier(self) -> nn.Module | None:
-        """The last linear layer of a classifier; None for the other tasks."""
-        return self.head.fc if self.task == "classification" else None
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """New last layer of a classifier.
-
-        Raises:
-            ValueError: the model is no classifier.
-        """
-        if self.task != "classification":
-            raise ValueError(f"a PatchTSMixer for {self.task} has no classifier; create it with task='classification'")
-        self.head.reset(num_classes)
-        self.num_classes = num_classes
-
     def forward(
         self, past_values: Tensor, past_observed_mask: Tensor | None = None, patch_mask: Tensor | None = None
     ) -> Tensor:

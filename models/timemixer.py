@@ -261,21 +261,6 @@ class TimeMixer(SeriesModel):
         elif task in ("imputation", "classification"):
             self.forward_inputs = ("past_observed_mask",)
 
-    def get_classifier(self) -> nn.Module | None:
-        """The last linear layer of a classifier; None for the other tasks."""
-        return self.head.fc if self.task == "classification" else None
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """New last layer of a classifier.
-
-        Raises:
-            ValueError: the model is no classifier.
-        """
-        if self.task != "classification":
-            raise ValueError(f"a TimeMixer for {self.task} has no classifier; create it with task='classification'")
-        self.head.reset(num_classes)
-        self.num_classes = num_classes
-
     def forward(
         self,
         past_values: Tensor,

@@ -68,9 +68,6 @@ class TSMixer(SeriesModel):
         )
         self.head = nn.ModuleDict({"time": TokenLinear(context_length, prediction_length, **dd)})
 
-    def get_classifier(self) -> None:
-        """None: there is no classifier."""
-
     def forward(self, past_values: Tensor) -> Tensor:
         self.check(past_values, {})
         if self.instance_norm is None:
