@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor
 
 from ._scan import scan
@@ -24,6 +25,7 @@ def _inverse_softplus(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+@register_notrace_module
 class SelectiveScans(nn.Module):
     """K scans, each with its own parameters, of E channels with N states.
 
