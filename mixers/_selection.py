@@ -14,8 +14,10 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor
 
+from ._depthwise import depthwise_conv
 from ._scan import scan
 from ._tables import island, widen
 
@@ -24,6 +26,7 @@ def _inverse_softplus(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
+@register_notrace_module
 class SelectiveScans(nn.Module):
     """K scans, each with its own parameters, of E channels with N states.
 
@@ -86,8 +89,8 @@ class CausalConv(nn.Conv1d):
         super().__init__(channels, channels, kernel_size, groups=channels, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x.transpose(1, 2), (self.kernel_size[0] - 1, 0))
-        return F.silu(super().forward(x).transpose(1, 2))
+        x = F.pad(x, (0, 0, self.kernel_size[0] - 1, 0)).transpose(1, 2)  # (B, C, k - 1 + L)
+        return F.silu(depthwise_conv(x, self.weight, self.bias, (0,)).transpose(1, 2))
 
 
 class SequenceScans(nn.Module):

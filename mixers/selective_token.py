@@ -27,7 +27,7 @@ from ._selection import SelectiveScans, SequenceScans
 
 
 def _read(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
-    """What four directions read of two maps ``(B, H, W, ...)`` for the rows and two for the columns: ``(B, L, 4, ...)``."""
+    """What four directions read, ``(B, L, 4, ...)``, of two maps ``(B, H, W, ...)`` for rows and two for columns."""
     forth, back = (x.flatten(1, 2) for x in rows)
     down, up = (x.transpose(1, 2).flatten(1, 2) for x in columns)
     return torch.stack([forth, down, back.flip(1), up.flip(1)], 2)

@@ -18,6 +18,7 @@ from . import (  # noqa: F401 - registers them
     svt,
     timemixer,
     tsmixer,
+    vim2,
 )
 from ._inputs import example_inputs
 from ._registry import create_model, list_models

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 from ..mixers._layers import make_norm
 from ..mixers._registry import Registry, split_spec
+from ._averaging import Chain
 
 
 class ResidualBranch(nn.Module):
@@ -106,6 +107,33 @@ class BareBranch(nn.Module):
         return y
 
 
+def make_branch(
+    registry: Registry,
+    spec: Any,
+    dim: int,
+    *,
+    rank: int = 2,
+    grid_size: Sequence[int] | None = None,
+    norm: str | None,
+    norm_eps: float,
+    layer_scale: float | None = None,
+    res_scale: float | None = None,
+    drop_path: float = 0.0,
+    post_norm: bool = False,
+    drop: float = 0.0,
+    device=None,
+    dtype=None,
+) -> ResidualBranch | BareBranch:
+    """The branch of a mixer that is given by name; see `MetaFormerBlock` for the arguments."""
+    dd = {"device": device, "dtype": dtype}
+    grid = {"rank": rank, "grid_size": grid_size}
+    if registry[split_spec(spec)[0]].self_contained:
+        return BareBranch(registry.create(spec, dim, **grid, drop_path=drop_path, **dd))
+    op, norm_layer = registry.create(spec, dim, **grid, **dd), make_norm(norm, dim, eps=norm_eps, **dd)
+    scales = {"layer_scale": layer_scale, "res_scale": res_scale}
+    return ResidualBranch(norm_layer, op, dim=dim, **scales, drop_path=drop_path, post_norm=post_norm, drop=drop, **dd)
+
+
 class MetaFormerBlock(nn.Module):
     """Token branch, then channel branch, both mixers given by name.
 
@@ -120,7 +148,8 @@ class MetaFormerBlock(nn.Module):
             brings its own norms and skips takes the drop path alone.
         drop: dropout of the results of the token mixer and of the channel mixer, one for both or a pair.
 
-    Shapes: ``(B, *grid, C) -> (B, *grid, C)``. Of ``extras`` each mixer gets the inputs it was registered with.
+    Shapes: ``(B, *grid, C) -> (B, *grid, C)``. Of ``extras`` each mixer gets the inputs it was registered with. In a
+    ``chain``, which has no extras, the branches take what that gives them.
     """
 
     def __init__(
@@ -142,21 +171,12 @@ class MetaFormerBlock(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        grid = {"rank": rank, "grid_size": grid_size}
-        scales = {"layer_scale": layer_scale, "res_scale": res_scale}
-
+        common = {"rank": rank, "grid_size": grid_size, "norm": norm, "norm_eps": norm_eps, "drop_path": drop_path}
+        common |= {"layer_scale": layer_scale, "res_scale": res_scale, "post_norm": post_norm}
+        common |= {"device": device, "dtype": dtype}
         drops = tuple(drop) if isinstance(drop, Sequence) else (drop, drop)
-
-        def branch(registry: Registry, spec: Any, drop: float) -> nn.Module:
-            if registry[split_spec(spec)[0]].self_contained:
-                return BareBranch(registry.create(spec, dim, **grid, drop_path=drop_path, **dd))
-            op, norm_layer = registry.create(spec, dim, **grid, **dd), make_norm(norm, dim, eps=norm_eps, **dd)
-            options = {**scales, "drop_path": drop_path, "post_norm": post_norm, "drop": drop}
-            return ResidualBranch(norm_layer, op, dim=dim, **options, **dd)
-
-        self.token = branch(TOKEN_MIXERS, token_mixer, drops[0])
-        self.channel = branch(CHANNEL_MIXERS, channel_mixer, drops[1])
+        self.token = make_branch(TOKEN_MIXERS, token_mixer, dim, **common, drop=drops[0])
+        self.channel = make_branch(CHANNEL_MIXERS, channel_mixer, dim, **common, drop=drops[1])
         self._grid_ops = tuple(
             name
             for name, registry, spec in (
@@ -167,7 +187,14 @@ class MetaFormerBlock(nn.Module):
         )
         self.extra_inputs = TOKEN_MIXERS.extra_inputs(token_mixer), CHANNEL_MIXERS.extra_inputs(channel_mixer)
 
-    def forward(self, x: Tensor, extras: dict[str, Tensor] | None = None) -> Tensor:
+    @property
+    def branches(self) -> tuple[tuple[str, nn.Module], ...]:
+        """The kind of every branch, "token" or "channel", and the branch, in order."""
+        return ("token", self.token), ("channel", self.channel)
+
+    def forward(self, x: Tensor, extras: dict[str, Tensor] | None = None, chain: Chain | None = None) -> Tensor:
+        if chain is not None:
+            return chain.run(self.branches)
         if torch.jit.is_scripting() or extras is None:
             return self.channel(self.token(x))
         for_token, for_channel = ({k: v for k, v in extras.items() if k in names} for names in self.extra_inputs)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 from ..mixers._layers import make_norm, resample
 from ..mixers._registry import specs_per_block
+from ._averaging import WeightedAverages
 from ._hierarchical import HierarchicalBackbone, stage_groups
 from ._image import ClassifierHead, init_linear, init_linear_and_conv
 from ._slicing import run_sliced
@@ -67,13 +68,24 @@ class Downsampling(nn.Module):
 
 
 class MetaFormerStage(nn.Module):
-    """Downsampling, optional position embedding, blocks: ``(B, C, H, W) -> (B, C', H', W')``."""
+    """Downsampling, optional position embedding, blocks: ``(B, C, H, W) -> (B, C', H', W')``.
 
-    def __init__(self, downsample: nn.Module, pos_embed: nn.Parameter | None, blocks: Sequence[nn.Module], hidden: int):
+    With ``averages`` the branches of all blocks are one chain, see `WeightedAverages`.
+    """
+
+    def __init__(
+        self,
+        downsample: nn.Module,
+        pos_embed: nn.Parameter | None,
+        blocks: Sequence[nn.Module],
+        hidden: int,
+        averages: WeightedAverages | None = None,
+    ):
         super().__init__()
         self.downsample = downsample
         self.pos_embed = pos_embed  # (1, H', W', C') or None
         self.blocks = nn.Sequential(*blocks)
+        self.averages = averages
         self.hidden = hidden
         self.grad_checkpointing = False
 
@@ -83,6 +95,8 @@ class MetaFormerStage(nn.Module):
             x = x + self.pos_embed
         if torch.jit.is_scripting():
             x = self.blocks(x)
+        elif self.averages is not None:
+            x = self.averages(x, self.blocks, recompute=self.grad_checkpointing)
         elif self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
         else:
@@ -115,8 +129,11 @@ class MetaFormer(HierarchicalBackbone):
         stem_norm, down_norm: "none", "pre" or "post": a channel norm before or after the convolution.
         down_norm_kind, down_norm_eps: that norm.
         down_kernel, down_padding: of the convolutions between stages, whose stride is 2.
+        downsampling: makes the entry of a stage but the first, from the arguments of `Downsampling`.
+        weighted_average: give every branch a learned combination of all results of its stage so far, see
+            `WeightedAverages`.
         block: makes a block that keeps the shape of a channels-last map and has ``set_grid_size``, from the arguments
-            of `MetaFormerBlock`.
+            of `MetaFormerBlock`; for ``weighted_average`` it has ``branches`` and takes a ``chain`` too.
         head: "linear" or "mlp".
         head_norm, head_norm_eps, head_norm_first: norm of the head, before the pooling or after it.
         init_convs: draw convolutions from the truncated normal too, rather than leave torch's default.
@@ -152,6 +169,8 @@ class MetaFormer(HierarchicalBackbone):
         down_norm_eps: float = 1e-6,
         down_kernel: int = 3,
         down_padding: int = 1,
+        downsampling: Callable[..., nn.Module] = Downsampling,
+        weighted_average: bool = False,
         block: Callable[..., nn.Module] = MetaFormerBlock,
         head: str = "linear",
         head_norm: str = "layer",
@@ -176,13 +195,14 @@ class MetaFormer(HierarchicalBackbone):
         if min(grids[-1]) < 1:
             raise ValueError(f"img_size={self.img_size} is too small: sides must be at least {self.smallest_side}")
 
-        def down(i: int) -> Downsampling:
+        def down(i: int) -> nn.Module:
             placement = {"none": None, "pre": down_norm_kind, "post": down_norm_kind}
             entry, name = (stem_norm, "stem_norm") if i == 0 else (down_norm, "down_norm")
             if entry not in placement:
                 raise ValueError(f"{name} must be 'none', 'pre' or 'post', not {entry!r}")
             norm_args = {"norm": placement[entry], "norm_eps": down_norm_eps, "norm_first": entry == "pre"}
-            return Downsampling(in_chans if i == 0 else dims[i - 1], dims[i], *self._strides[i], **norm_args, **dd)
+            part, width = (Downsampling, in_chans) if i == 0 else (downsampling, dims[i - 1])
+            return part(width, dims[i], *self._strides[i], **norm_args, **dd)
 
         self.stem = down(0)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
@@ -204,7 +224,10 @@ class MetaFormer(HierarchicalBackbone):
                 for j in range(depths[i])
             ]
             embed = nn.Parameter(torch.zeros(1, *grids[i], dims[i], **dd)) if i in pos_embed else None
-            built.append(MetaFormerStage(down(i) if i > 0 else nn.Identity(), embed, blocks, hidden=4 * dims[i]))
+            kinds = [kind for made in blocks for kind, _ in made.branches] if weighted_average else None
+            averages = None if kinds is None else WeightedAverages(kinds, **dd)
+            entry = down(i) if i > 0 else nn.Identity()
+            built.append(MetaFormerStage(entry, embed, blocks, hidden=4 * dims[i], averages=averages))
             self.feature_info.append({"num_chs": dims[i], "reduction": stem_stride * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*built)
         # stages whose parameters depend on the grid, and so bind the input size
@@ -247,7 +270,7 @@ class MetaFormer(HierarchicalBackbone):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions that group parameters by depth, for layer-wise learning rate decay."""
-        return stage_groups(coarse, "downsample|pos_embed")
+        return stage_groups(coarse, "downsample|pos_embed|averages")
 
 
 def _per_stage(value: Any, stages: int) -> list[float | None]:

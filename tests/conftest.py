@@ -37,12 +37,12 @@ SMALL = {
     "proj_drop_rate": 0.0,
 }
 # and of the options of its mixers
-SMALL_OPTIONS = {"low_heads": 1, "head_dim": 8}
+SMALL_OPTIONS = {"low_heads": 1, "head_dim": 8, "group": 8}
 
 
 def _small_mixers(row: Mapping[str, Any]) -> dict[str, Any]:
-    mixers = row.get("token_mixer")
-    return {"token_mixer": [_small_mixer(entry) for entry in mixers]} if isinstance(mixers, list) else {}
+    kinds = ("token_mixer", "channel_mixer")
+    return {kind: [_small_mixer(entry) for entry in row[kind]] for kind in kinds if isinstance(row.get(kind), list)}
 
 
 def _small_mixer(entry: Any) -> Any:
