@@ -141,14 +141,24 @@ class Classification:
     Args:
         mixup, cutmix: parameter of the Beta distribution that the share of the mixed-in image is drawn from; 0 for off.
         smoothing: probability taken from the label and spread over all classes.
+        aux_weight: weight of the loss of further classifiers, for models that in training stack their logits behind
+            the main ones, ``(K, B, classes)``.
     """
 
     metric = "top1"
     higher_is_better = True
     items = "images"
 
-    def __init__(self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0, smoothing: float = 0.0):
-        self.num_classes, self.smoothing = num_classes, smoothing
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        smoothing: float = 0.0,
+        aux_weight: float = 0.0,
+    ):
+        self.num_classes, self.smoothing, self.aux_weight = num_classes, smoothing, aux_weight
         self._mix = None
         if mixup or cutmix:
             self._mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
@@ -156,16 +166,24 @@ class Classification:
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and accuracy; of a mixed image the class with the larger share counts as right."""
-        images, labels = batch
+        images, targets = batch
         # mixing pairs the batch with its reverse; an odd last batch, where none is dropped, stays as it is
-        if self._mix is None or len(images) % 2:
-            logits = model(images)  # (B, classes)
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.smoothing)
-        else:
-            images, shares = self._mix(images, labels)
-            logits = model(images)
-            loss, labels = self._soft_loss(logits.float(), shares), shares.argmax(1)
-        return loss, {"top1": (logits.detach().argmax(1) == labels).float().mean() * 100}
+        mixed = self._mix is not None and len(images) % 2 == 0
+        if mixed:
+            images, targets = self._mix(images, targets)
+        logits = model(images)  # (B, classes), or (K, B, classes)
+        main, *others = logits if logits.ndim == 3 else (logits,)
+        loss = self._cross_entropy(main, targets)
+        for further in others:
+            loss = loss + self.aux_weight * self._cross_entropy(further, targets)
+        labels = targets.argmax(1) if mixed else targets
+        return loss, {"top1": (main.detach().argmax(1) == labels).float().mean() * 100}
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss for labels ``(B,)`` or, smoothed already, shares ``(B, classes)``."""
+        if targets.ndim == 2:
+            return self._soft_loss(logits.float(), targets)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=self.smoothing)
 
     def measure(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Loss, label and rank of the label among the classes (0: the model's first choice), each (B,)."""

@@ -81,7 +81,13 @@ def make_plan(args: argparse.Namespace, machine: tuple[int, str]) -> Plan:
     described = describe_run(args, net, preset, recipe, loop, machine)
     return Plan(
         net=net,
-        task=Classification(net.num_classes, mixup=recipe.mixup, cutmix=recipe.cutmix, smoothing=recipe.smoothing),
+        task=Classification(
+            net.num_classes,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+            smoothing=recipe.smoothing,
+            aux_weight=getattr(net, "aux_weight", 0.0),
+        ),
         loaders=_loaders(args, data, pixels, recipe, machine[0]),
         loop=loop,
         folder=run_folder(args, data.name),

@@ -449,6 +449,25 @@ def test_mixed_labels_add_up():
     assert 0 <= means["top1"] <= 100
 
 
+def test_further_classifiers_weigh_less():
+    logits = torch.randn(2, 3, 4)
+    labels = torch.tensor([0, 3, 1])
+    loss, means = Classification(4, aux_weight=0.4).loss(lambda x: logits, (torch.zeros(3, 1), labels))
+    main, aux = (torch.nn.functional.cross_entropy(y, labels).item() for y in logits)
+    assert loss.item() == pytest.approx(main + 0.4 * aux)
+    assert means["top1"] == pytest.approx((logits[0].argmax(1) == labels).float().mean().item() * 100)
+
+
+def test_auxiliary_classifier_is_trained(photos, tmp_path):
+    small = {"depths": [1, 1, 1, 1], "focus_depths": [1, 1], "dims": [16, 16, 32, 32], "focus_heads": [2, 2]}
+    sets = [part for key, value in small.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    command = ("overlock_xt", *sets, "--cpu", "--data", photos, "--img-size", 32, "--epochs")
+    assert run(*command, 1, output=tmp_path / "one") == 0
+    assert run(*command, 2, output=tmp_path / "two") == 0
+    one, two = (state_of(tmp_path / name)["model"] for name in ("one", "two"))
+    assert any("aux_head" in key and not torch.equal(one[key], two[key]) for key in one)
+
+
 def test_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
