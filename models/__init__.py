@@ -17,6 +17,7 @@ from . import (  # noqa: F401 - registers them
     seqformer,
     svt,
     timemixer,
+    tsm2,
     tsmixer,
     vim2,
 )

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..mixers._layers import is_symbolic
+from ..mixers._layers import is_symbolic, undecayed
 from ..mixers._tables import widen
 
 
@@ -58,6 +58,10 @@ class SeriesModel(nn.Module):
             raise ValueError(f"this {type(self).__name__} is for {self.task} and has no classifier to reset")
         self.head.reset(num_classes)
         self.num_classes = num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay besides vectors and biases."""
+        return undecayed(self)
 
     def check(self, past_values: Tensor, optional: Mapping[str, Tensor | None], any_channels: bool = False) -> None:
         """Raise unless this model takes these inputs; graphs are captured without the check.

@@ -26,7 +26,7 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor
 
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
-from ..mixers._layers import is_symbolic
+from ..mixers._layers import is_symbolic, undecayed
 from ..mixers._registry import split_spec
 from ._text import (
     ClassHead,
@@ -218,6 +218,10 @@ class TextEncoder(nn.Module):
     def get_classifier(self) -> nn.Module | None:
         """The last linear layer of the classifier; None where the head has no classes."""
         return None if self.head is None else self.head.fc
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that take no weight decay besides vectors and biases."""
+        return undecayed(self)
 
     def reset_classifier(self, num_classes: int, head: str | None = None) -> None:
         """New classifier, of the present kind or of another; of a head without classes it becomes "classification"."""

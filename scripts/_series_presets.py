@@ -81,6 +81,10 @@ PRESETS: dict[tuple[str, str], ForecastRecipe] = {
         min_gain=1e-3,
         context=512,
     ),
+    # no settings were published; width, depth and look-back are the model's own
+    ("tsm2", "scratch"): ForecastRecipe(
+        models=("tsm2*",), epochs=8, batch_size=64, lr=5e-4, optimizer="adamw", weight_decay=0.01, patience=3
+    ),
     ("series", "scratch"): ForecastRecipe(models=("*",), epochs=20, batch_size=64, lr=1e-3, patience=5),
     ("series", "tuned"): ForecastRecipe(models=("*",), epochs=20, batch_size=64, lr=1e-4, patience=5),
 }
