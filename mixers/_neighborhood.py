@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import _neighborhood_triton as _triton
 from ._counting import Values, count, numel, shape
 from ._layers import is_symbolic
+from ._triton import has_kernels_for
 
 BACKENDS = ("torch", "triton", "natten")
 
@@ -170,6 +170,8 @@ def _flat(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("mixzoo::neighborhood_apply", mutates_args=())
 def _operator(weights: Tensor, values: Tensor, height: int, width: int, triton: bool) -> Tensor:
     if triton:
+        from . import _neighborhood_triton as _triton
+
         return _triton.apply(weights.contiguous(), values.contiguous(), height, width)
     tiling = _cached_tiling(tuple(values.shape[2:4]), (height, width), values.device)
     return _apply_torch(*_flat(weights, values), tiling).reshape(values.shape)
@@ -180,6 +182,8 @@ def _operator_backward(
     grad: Tensor, weights: Tensor, values: Tensor, height: int, width: int, triton: bool
 ) -> tuple[Tensor, Tensor]:
     if triton:
+        from . import _neighborhood_triton as _triton
+
         return _triton.backward(grad.contiguous(), weights.contiguous(), values.contiguous(), height, width)
     tiling = _cached_tiling(tuple(values.shape[2:4]), (height, width), values.device)
     flat = grad.flatten(0, 1).flatten(1, 2)
@@ -279,9 +283,12 @@ def neighborhood_apply(
         return _apply_natten(weights, values, window)
     if torch.compiler.is_exporting():
         return _apply_composed(weights, values, window)
-    if backend == "triton" and not _triton.runs(values):
-        raise RuntimeError("backend 'triton' needs the package triton and tensors on a CUDA device")
-    triton = backend == "triton" or (backend is None and _triton.runs(values))
+    triton = backend in ("triton", None) and has_kernels_for(values)
+    if backend == "triton" and not triton:
+        raise RuntimeError(
+            f"backend 'triton' needs the package triton, and values of at most 32 bits on a CUDA device; these are "
+            f"{values.dtype} on {values.device}"
+        )
     return _operator(weights, values, *window, triton)
 
 

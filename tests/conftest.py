@@ -11,6 +11,9 @@ A test that takes one of these arguments runs once for each of its values:
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -143,3 +146,24 @@ def small(randomise: Callable) -> Callable[..., nn.Module]:
         return randomise(mixzoo.create_model(name, **_shrink(name) | _image_defaults(name) | options)).eval()
 
     return build
+
+
+@pytest.fixture
+def interpret() -> Callable[[str], None]:
+    """Runs the tests of a file that have "triton" in their names in Triton's interpreter, on the CPU.
+
+    In a process of its own, since Triton decides when it is imported.
+    """
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("this is the interpreter")
+
+    def run(path: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", path, "-k", "triton"]
+        done = subprocess.run(
+            command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout, done.stdout
+
+    return run
