@@ -54,7 +54,9 @@ class SpatialFC(nn.Module):
         if not torch.jit.is_scripting():
             check_grid(x, self.grid_size, "spatial_fc")
         tokens = x.flatten(1, -2)  # (B, N, C)
-        return torch.matmul(self.fc.weight.to(x.dtype), tokens).reshape(x.shape)
+        # one product for every map: of a matrix and a batch torch makes one large product, on transposed copies
+        weight = self.fc.weight.to(x.dtype).expand(x.shape[0], -1, -1)
+        return torch.bmm(weight, tokens).reshape(x.shape)
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}"
