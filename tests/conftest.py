@@ -58,13 +58,21 @@ def _small_mixer(entry: Any) -> Any:
     return name, {key: SMALL_OPTIONS.get(key, value) for key, value in options.items()}
 
 
+def _without_numbers(value: Any) -> str:
+    """How a value is written, with all numbers alike."""
+    if isinstance(value, Mapping):
+        return str({key: _without_numbers(entry) for key, entry in value.items()})
+    if isinstance(value, list | tuple):
+        return str([_without_numbers(entry) for entry in value])
+    return "number" if type(value) in (int, float) else repr(value)
+
+
 def _kinds(names: Sequence[str]) -> list[str]:
     first: dict[tuple, str] = {}
     for name in names:
         spec = MODELS[name]
         row = {k: v for k, v in spec.row.items() if k not in SMALL} | _small_mixers(spec.row)
-        row = [(k, "number" if type(v) in (int, float) else repr(v)) for k, v in row.items()]
-        first.setdefault((spec.skeleton, *sorted(row)), name)
+        first.setdefault((spec.skeleton, *sorted((k, _without_numbers(v)) for k, v in row.items())), name)
     return list(first.values())
 
 
