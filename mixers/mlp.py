@@ -10,6 +10,7 @@ The matrices multiply from the left, so no map is transposed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,9 @@ def resize_token_mlp(state: dict[str, Tensor], old: Sequence[int], new: Sequence
 
 
 def set_token_mlp(module: nn.Module, old: Sequence[int], new: Sequence[int]) -> None:
-    """Resize the layers fc1 and fc2 of ``module`` in place, see `resize_token_mlp`."""
+    """Resize the layers fc1 and fc2 of ``module`` in place, see `resize_token_mlp`; warns that they are approximate."""
+    grids = " to ".join("x".join(map(str, grid)) for grid in (old, new))
+    warnings.warn(f"a token MLP was resampled from the grid {grids}, {APPROXIMATE}", stacklevel=3)
     tensors = {name: p.data for name, p in module.named_parameters() if name.startswith(("fc1.", "fc2."))}
     for name, tensor in resize_token_mlp(tensors, old, new).items():
         layer, kind = getattr(module, name[:3]), name[4:]

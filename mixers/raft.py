@@ -28,9 +28,12 @@ from ._tables import left_product, table
 from .mlp import TokenLinear
 
 
-def _bicubic(old: int, new: int, *, device) -> Tensor:
-    """Weights ``(new, old)`` of bicubic interpolation along one axis, corners not aligned, no antialiasing."""
-    eye = torch.eye(old, device=device, dtype=torch.float64).reshape(1, old, old, 1)
+def _bicubic(old: int, new: int, dtype: torch.dtype, *, device) -> Tensor:
+    """Weights ``(new, old)`` of bicubic interpolation along one axis, corners not aligned, no antialiasing.
+
+    Positions are computed in ``dtype``, whose rounding is part of the authors' results: 1e-5 of a pixel in float32.
+    """
+    eye = torch.eye(old, device=device, dtype=dtype).reshape(1, old, old, 1)
     return F.interpolate(eye, size=[new, 1], mode="bicubic", align_corners=False).reshape(old, new).t()
 
 
@@ -43,10 +46,11 @@ class BicubicResize(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         b, h, w, c = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if h != height:
-            x = left_product(table(_bicubic, x, h, height), x.reshape(b, h, w * c)).reshape(b, height, w, c)
+            x = left_product(table(_bicubic, x, h, height, dtype), x.reshape(b, h, w * c)).reshape(b, height, w, c)
         if w != width:
-            x = left_product(table(_bicubic, x, w, width), x)
+            x = left_product(table(_bicubic, x, w, width, dtype), x)
         return x  # (B, height, width, C)
 
 
