@@ -65,6 +65,8 @@ class RaftAxis(nn.Module):
         expansion: hidden width over r G.
         norm_eps: of the layer norm over the channels.
 
+    Shapes: ``(B, H, W, C) -> (B, H, W, r, Co)``, a view of the MLP's output, to be added without a copy.
+
     The norm's parameters are in the order of the authors' tokens, raft after raft: o r + k for channel k Co + o.
     """
 
@@ -103,10 +105,10 @@ class RaftAxis(nn.Module):
         if self.vertical:
             tokens = rafts.permute(0, 3, 1, 2, 4).reshape(b, r * h, w * (c // r))  # (B, r H, W Co)
             y = self.fc2(self.act(self.fc1(tokens)))
-            return y.reshape(b, r, h, w, c // r).permute(0, 2, 3, 1, 4).flatten(3)
-        tokens = rafts.permute(0, 3, 2, 1, 4).reshape(b, r * w, h * (c // r))  # (B, r W, H Co)
+            return y.reshape(b, r, h, w, c // r).permute(0, 2, 3, 1, 4)
+        tokens = rafts.permute(0, 1, 3, 2, 4).reshape(b * h, r * w, c // r)  # (B H, r W, Co)
         y = self.fc2(self.act(self.fc1(tokens)))
-        return y.reshape(b, r, w, h, c // r).permute(0, 3, 2, 1, 4).flatten(3)
+        return y.reshape(b, h, r, w, c // r).permute(0, 1, 3, 2, 4)
 
 
 @register_mixer("raft", ranks=(2,), needs_grid=True, self_contained=True, paper="arXiv:2108.04384")
@@ -144,6 +146,7 @@ class Raft(nn.Module):
             raise ValueError(f"raft_size must divide the {dim} channels, got {raft_size}")
         self.grid_size = tuple(grid_size)
         self.weight_grid = self.grid_size if weight_grid is None else tuple(weight_grid)
+        self.rafts = (raft_size, dim // raft_size)
         own = {"raft_size": raft_size, "expansion": expansion, "norm_eps": norm_eps, "device": device, "dtype": dtype}
         self.vertical = RaftAxis(dim, self.weight_grid[0], vertical=True, **own)
         self.horizontal = RaftAxis(dim, self.weight_grid[1], vertical=False, **own)
@@ -159,8 +162,8 @@ class Raft(nn.Module):
         check_grid(x, self.grid_size, "raft")
         if self.weight_grid != self.grid_size:
             x = self.resize(x, self.weight_grid[0], self.weight_grid[1])
-        x = x + self.drop_path1(self.vertical(x))
-        x = x + self.drop_path2(self.horizontal(x))
+        x = (x.unflatten(-1, self.rafts) + self.drop_path1(self.vertical(x))).flatten(3)
+        x = (x.unflatten(-1, self.rafts) + self.drop_path2(self.horizontal(x))).flatten(3)
         if self.weight_grid != self.grid_size:
             x = self.resize(x, self.grid_size[0], self.grid_size[1])
         return x

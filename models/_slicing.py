@@ -42,4 +42,4 @@ def run_sliced(blocks: nn.Sequential, x: Tensor, hidden: int) -> Tensor:
     size = max(1, SLICE_BYTES // (x.shape[1:-1].numel() * hidden * x.element_size()))
     if size >= x.shape[0] or _observed(blocks) or _mixes_batch(blocks):
         return blocks(x)
-    return torch.cat([blocks(part) for part in x.split(size)])
+    return torch.cat([blocks(part) for part in x.tensor_split(-(-x.shape[0] // size))])
