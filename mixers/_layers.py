@@ -76,7 +76,7 @@ def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tenso
     size = 0 if is_symbolic(x) or not x.is_cpu else max(1, SLICE_ELEMENTS // widest)
     if size == 0 or size >= x.shape[0]:
         return run(x)
-    return torch.cat([run(part) for part in x.split(size)])
+    return torch.cat([run(part) for part in x.tensor_split(-(-x.shape[0] // size))])
 
 
 class _StarReLUFunction(torch.autograd.Function):

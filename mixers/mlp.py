@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import DILATION, Dropout, by_convolution, check_grid, make_activation, resample
+from ._layers import DILATION, Dropout, by_convolution, by_samples, check_grid, make_activation, resample
 from ._registry import register_mixer
 
 # what a report says of weights over tokens that were resampled to another grid
@@ -131,8 +131,11 @@ class TokenMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_grid(x, self.grid_size, "mlp")
         tokens = x.flatten(1, -2)  # (B, N, C)
+        return by_samples(self._mix, tokens, self.fc1.out_features * x.shape[-1]).reshape(x.shape)
+
+    def _mix(self, tokens: Tensor) -> Tensor:
         hidden = self.drop1(self.act(self.fc1(tokens)))  # (B, M, C)
-        return self.drop2(self.fc2(hidden)).reshape(x.shape)
+        return self.drop2(self.fc2(hidden))
 
     def extra_repr(self) -> str:
         return f"grid_size={self.grid_size}"
