@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ._layers import Linear, make_activation
+from ._layers import Dropout, Linear, make_activation
 from ._registry import register_channel_mixer
 
 
@@ -46,9 +46,9 @@ class ChannelMlp(nn.Module):
         hidden = int(ratio * dim)
         self.fc1 = Linear(dim, hidden, bias=bias, **dd)
         self.act = make_activation(act, **dd)
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = Dropout(drop)
         self.fc2 = Linear(hidden, dim, bias=bias, **dd)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.drop1(self.act(self.fc1(x)))  # (B, *grid, ratio C)

@@ -31,6 +31,13 @@ def undecayed(model: nn.Module) -> set[str]:
 
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+# a kernel of one position has nothing to dilate, but without it torch keeps small batches on one thread from oneDNN
+DILATION = 2
+
+
+def by_convolution(x: Tensor) -> bool:
+    """Whether the product of a matrix and ``x`` is faster as a convolution, see `linear`."""
+    return not is_symbolic(x) and _ONEDNN and x.is_cpu and x.dtype == torch.float32 and x.ndim > 2
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -40,10 +47,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch's linear asks MKL, whose float32 product is half as fast on AVX-512 machines of other makers (220 against 490
     GFLOP/s on two cores of an EPYC) and equal elsewhere.
     """
-    if is_symbolic(x) or not _ONEDNN or not x.is_cpu or x.dtype != torch.float32 or x.ndim < 3:
+    if not by_convolution(x):
         return F.linear(x, weight, bias)
     image = x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(2)  # (B, H, W, C)
-    y = F.conv2d(image.permute(0, 3, 1, 2), weight[:, :, None, None], bias).permute(0, 2, 3, 1)
+    y = F.conv2d(image.permute(0, 3, 1, 2), weight[:, :, None, None], bias, dilation=DILATION).permute(0, 2, 3, 1)
     return y if x.ndim == 4 else y.reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -69,7 +76,7 @@ def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tenso
     size = 0 if is_symbolic(x) or not x.is_cpu else max(1, SLICE_ELEMENTS // widest)
     if size == 0 or size >= x.shape[0]:
         return run(x)
-    return torch.cat([run(part) for part in x.split(size)])
+    return torch.cat([run(part) for part in x.tensor_split(-(-x.shape[0] // size))])
 
 
 class _StarReLUFunction(torch.autograd.Function):

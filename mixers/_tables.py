@@ -32,7 +32,7 @@ def exporting() -> bool:
 
 
 def table(build: Build, like: Tensor, *args: Any) -> Tensor:
-    """``build(*args, device=)``, computed in float64, in the dtype and on the device of ``like``.
+    """``build(*args, device=)``, as a rule computed in float64, in the dtype and on the device of ``like``.
 
     It is built once and kept, except in graphs that torch.compile or torch.export capture, which build their own.
     """

@@ -28,9 +28,12 @@ from ._tables import left_product, table
 from .mlp import TokenLinear
 
 
-def _bicubic(old: int, new: int, *, device) -> Tensor:
-    """Weights ``(new, old)`` of bicubic interpolation along one axis, corners not aligned, no antialiasing."""
-    eye = torch.eye(old, device=device, dtype=torch.float64).reshape(1, old, old, 1)
+def _bicubic(old: int, new: int, dtype: torch.dtype, *, device) -> Tensor:
+    """Weights ``(new, old)`` of bicubic interpolation along one axis, corners not aligned, no antialiasing.
+
+    Positions are computed in ``dtype``, whose rounding is part of the authors' results: 1e-5 of a pixel in float32.
+    """
+    eye = torch.eye(old, device=device, dtype=dtype).reshape(1, old, old, 1)
     return F.interpolate(eye, size=[new, 1], mode="bicubic", align_corners=False).reshape(old, new).t()
 
 
@@ -43,10 +46,11 @@ class BicubicResize(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         b, h, w, c = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if h != height:
-            x = left_product(table(_bicubic, x, h, height), x.reshape(b, h, w * c)).reshape(b, height, w, c)
+            x = left_product(table(_bicubic, x, h, height, dtype), x.reshape(b, h, w * c)).reshape(b, height, w, c)
         if w != width:
-            x = left_product(table(_bicubic, x, w, width), x)
+            x = left_product(table(_bicubic, x, w, width, dtype), x)
         return x  # (B, height, width, C)
 
 
@@ -60,6 +64,8 @@ class RaftAxis(nn.Module):
         raft_size: channels r of a raft, a divisor of C.
         expansion: hidden width over r G.
         norm_eps: of the layer norm over the channels.
+
+    Shapes: ``(B, H, W, C) -> (B, H, W, r, Co)``, a view of the MLP's output, to be added without a copy.
 
     The norm's parameters are in the order of the authors' tokens, raft after raft: o r + k for channel k Co + o.
     """
@@ -99,10 +105,10 @@ class RaftAxis(nn.Module):
         if self.vertical:
             tokens = rafts.permute(0, 3, 1, 2, 4).reshape(b, r * h, w * (c // r))  # (B, r H, W Co)
             y = self.fc2(self.act(self.fc1(tokens)))
-            return y.reshape(b, r, h, w, c // r).permute(0, 2, 3, 1, 4).flatten(3)
-        tokens = rafts.permute(0, 3, 2, 1, 4).reshape(b, r * w, h * (c // r))  # (B, r W, H Co)
+            return y.reshape(b, r, h, w, c // r).permute(0, 2, 3, 1, 4)
+        tokens = rafts.permute(0, 1, 3, 2, 4).reshape(b * h, r * w, c // r)  # (B H, r W, Co)
         y = self.fc2(self.act(self.fc1(tokens)))
-        return y.reshape(b, r, w, h, c // r).permute(0, 3, 2, 1, 4).flatten(3)
+        return y.reshape(b, h, r, w, c // r).permute(0, 1, 3, 2, 4)
 
 
 @register_mixer("raft", ranks=(2,), needs_grid=True, self_contained=True, paper="arXiv:2108.04384")
@@ -140,6 +146,7 @@ class Raft(nn.Module):
             raise ValueError(f"raft_size must divide the {dim} channels, got {raft_size}")
         self.grid_size = tuple(grid_size)
         self.weight_grid = self.grid_size if weight_grid is None else tuple(weight_grid)
+        self.rafts = (raft_size, dim // raft_size)
         own = {"raft_size": raft_size, "expansion": expansion, "norm_eps": norm_eps, "device": device, "dtype": dtype}
         self.vertical = RaftAxis(dim, self.weight_grid[0], vertical=True, **own)
         self.horizontal = RaftAxis(dim, self.weight_grid[1], vertical=False, **own)
@@ -155,8 +162,8 @@ class Raft(nn.Module):
         check_grid(x, self.grid_size, "raft")
         if self.weight_grid != self.grid_size:
             x = self.resize(x, self.weight_grid[0], self.weight_grid[1])
-        x = x + self.drop_path1(self.vertical(x))
-        x = x + self.drop_path2(self.horizontal(x))
+        x = (x.unflatten(-1, self.rafts) + self.drop_path1(self.vertical(x))).flatten(3)
+        x = (x.unflatten(-1, self.rafts) + self.drop_path2(self.horizontal(x))).flatten(3)
         if self.weight_grid != self.grid_size:
             x = self.resize(x, self.grid_size[0], self.grid_size[1])
         return x

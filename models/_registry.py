@@ -29,7 +29,8 @@ class ModelSpec:
         modality: "image", "text" or "series".
         classifier: name of the last linear layer, first_conv: of the first convolution; None if there is none.
         fixed_input_size: parameters depend on the input size.
-        crop_pct, input_size, mean, std, num_classes: of evaluation, where no release says it; see `Release`.
+        crop_pct, interpolation, input_size, mean, std, num_classes: of evaluation, where no release says it; see
+            `Release`.
         reduction: stride of the last map. feature_levels: `features_only` gives the last n maps.
         timm: whether it enters timm's registry (a classifier of images does).
         note: one line for tables.
@@ -43,6 +44,7 @@ class ModelSpec:
     first_conv: str = "stem.conv"
     fixed_input_size: bool = False
     crop_pct: float = 0.9
+    interpolation: str = "bicubic"
     input_size: tuple[int, int, int] = (3, 224, 224)
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -60,7 +62,8 @@ class Release:
     Attributes:
         url, hf_hub_id: where the file is; empty for none. sha256: its hash, empty where unknown.
         licence: of the weights, as their hosts state it.
-        input_size, crop_pct, mean, std, interpolation: preprocessing of the published evaluation.
+        input_size, crop_pct, crop_mode, mean, std, interpolation: preprocessing of the published evaluation, see timm;
+            ``crop_mode="squash"`` resizes to the input size whatever the aspect ratio.
         num_classes: classes of its head.
         top1: published ImageNet-1k accuracy in percent; params_m, gmacs: published size, as printed.
         macs_rule: what the published multiply-adds count: "matmul" (matrix products and convolutions) or "matmul+norm"
@@ -74,6 +77,7 @@ class Release:
     licence: str = ""
     input_size: tuple[int, int, int] = (3, 224, 224)
     crop_pct: float = 0.9
+    crop_mode: str = "center"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"

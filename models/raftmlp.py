@@ -408,22 +408,22 @@ _12 = {
     "patch_sizes": (16,),
     "token_mixer": _rafts(4),
 }
+_12_MS = _12 | {"token_mixer": _rafts(2), "embed_kernels": ((16, 32),)}
 # the authors' MLP-Mixer; its hidden width is twice the tokens, not half the channels
 _ORG = _12 | {"token_mixer": ("mlp", {"hidden": 2 * 14**2})}
 # its maps for dense prediction come after blocks 4, 10 and 12
 _ORG_DENSE = _ORG | {"depths": (4, 6, 2), "dims": (768,) * 3, "taps": (0, 1, 2)}
+_HIERARCHY_M = _M | {"embed_kernels": None}
 _LEVELS = {
     "raftmlp_s": _S,
     "raftmlp_m": _M,
     "raftmlp_l": _L,
-    "raftmlp_hierarchy_m": _M | {"embed_kernels": None},
 }
 _ISOTROPIC = {
     "raftmlp_12": _12,
     "raftmlp_36": _12 | {"depths": (1,) * 36, "dims": (384,) * 36, "token_mixer": _rafts(2)},
     "raftmlp_12_r1": _12 | {"token_mixer": _rafts(1)},
     "raftmlp_12_r2": _12 | {"token_mixer": _rafts(2)},
-    "raftmlp_12_r2_ms": _12 | {"token_mixer": _rafts(2), "embed_kernels": ((16, 32),)},
     "raftmlp_org_mixer_b16": _ORG,
 }
 # for 32 x 32 images, with token weights laid out for 224
@@ -454,17 +454,21 @@ _TINY_SHORTCUT = {
     "token_mixer": (_rafts(2), _rafts(4)),
 }
 
-_COMMON = {"crop_pct": 0.875, "first_conv": "stem.convs.0"}
+_COMMON = {"crop_pct": 0.875, "interpolation": "bilinear", "first_conv": "stem.convs.0"}
 _CIFAR10 = {"input_size": (3, 32, 32), "mean": (0.4914, 0.4822, 0.4465), "std": (0.2471, 0.2435, 0.2616)}
 _DENSE = {"timm": False, "classifier": None, "first_conv": "body.stem.convs.0"}
 
-register_models(RaftMLP, _LEVELS, **_COMMON)
+_FOLDED = "windows of several sizes counted as the one convolution that computes them"
+
+register_models(RaftMLP, _LEVELS, **_COMMON, note=_FOLDED)
+register_models(RaftMLP, {"raftmlp_hierarchy_m": _HIERARCHY_M}, **_COMMON)
 register_models(RaftMLP, _ISOTROPIC, **_COMMON, reduction=16)
+register_models(RaftMLP, {"raftmlp_12_r2_ms": _12_MS}, **_COMMON, reduction=16, note=_FOLDED)
 register_models(RaftMLP, {"raftmlp_cifar10": _CIFAR}, **_COMMON | _CIFAR10, num_classes=10, reduction=4)
 register_models(RaftMLP, {"raftmlp_cifar10_org_mixer": _CIFAR_ORG}, **_COMMON | _CIFAR10, num_classes=10, reduction=4)
 register_models(
     RaftMLPBackbone,
-    {f"{name}_backbone": row for name, row in _LEVELS.items()},
+    {f"{name}_backbone": row for name, row in _LEVELS.items()} | {"raftmlp_hierarchy_m_backbone": _HIERARCHY_M},
     **_DENSE,
     note="four maps for dense prediction; the first is the embedding of the patches",
 )

@@ -39,6 +39,7 @@ def _pretrained_cfg(spec: ModelSpec, release: Release) -> dict[str, Any]:
         "fixed_input_size": spec.fixed_input_size,
         "interpolation": release.interpolation,
         "crop_pct": release.crop_pct,
+        "crop_mode": release.crop_mode,
         "mean": release.mean,
         "std": release.std,
         # -1 keeps timm from passing classes to a model without a head
@@ -52,7 +53,7 @@ def _pretrained_cfg(spec: ModelSpec, release: Release) -> dict[str, Any]:
 
 def _cfgs(spec: ModelSpec) -> dict[str, dict[str, Any]]:
     """timm's descriptions of all releases of a model by tag, or one without weights and tag."""
-    evaluation = ("crop_pct", "input_size", "mean", "std", "num_classes")
+    evaluation = ("crop_pct", "interpolation", "input_size", "mean", "std", "num_classes")
     releases = releases_of(spec.name) or {spec.name: Release(**{key: getattr(spec, key) for key in evaluation})}
     return {name.partition(".")[2]: _pretrained_cfg(spec, release) for name, release in releases.items()}
 

@@ -33,7 +33,7 @@ _SIZES = {
 _TIMM = Release(licence=_LICENCE, crop_pct=0.875, mean=(0.5,) * 3, std=(0.5,) * 3)
 _MIIL = replace(_TIMM, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear")
 # Google resizes straight to the square, whatever the aspect ratio
-_GOOGLE = replace(_TIMM, crop_pct=1.0, interpolation="bilinear")
+_GOOGLE = replace(_TIMM, crop_pct=1.0, crop_mode="squash", interpolation="bilinear")
 
 
 def _timm(file: str, base: Release = _TIMM, **facts) -> Release:
