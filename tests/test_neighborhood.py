@@ -7,9 +7,11 @@ import os
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mixzoo
-from mixzoo.mixers import _neighborhood
+from mixzoo.mixers import _neighborhood, _neighborhood_mixing
+from mixzoo.mixers._neighborhood_mixing import neighborhood_mix
 
 # grid and window: small ones in one tile, cut ones on one axis and on both, windows of the whole grid, borders all over
 CASES = [
@@ -74,6 +76,36 @@ def test_operator_is_well_behaved():
     inputs = make((4, 5), (3, 3))
     torch.library.opcheck(_neighborhood._operator, (*inputs, 3, 3, False))
     assert torch.autograd.gradcheck(lambda *t: mixzoo.neighborhood_apply(*t, 3), inputs)
+
+
+@pytest.mark.parametrize("chunk", [None, 30_000, 1])
+@pytest.mark.parametrize(("grid", "window"), CASES, ids=str)
+def test_kernels_of_two_factors(grid, window, chunk, monkeypatch):
+    if chunk is not None:
+        monkeypatch.setattr(_neighborhood, "_CHUNK_BYTES", {"cpu": chunk, "cuda": chunk})
+    generator = torch.Generator().manual_seed(sum(grid))
+    n, taps = grid[0] * grid[1], window[0] * window[1]
+    shapes = (3, n, 4, 2), (3, 4, 2, taps), (4, n, taps), (3, *grid, 4, 5)  # q, M, b, v
+    inputs = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+
+    def plain(q, factor, bias, values):
+        p = torch.softmax(torch.einsum("bngd,bgdk->bgnk", q, factor) + bias, -1).unflatten(2, grid)
+        return written_out(p, values.permute(0, 3, 1, 2, 4), window).permute(0, 2, 3, 1, 4)
+
+    expected = results(plain, inputs)
+    for actual, wanted in zip(results(lambda *t: neighborhood_mix(*t, window), inputs), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    narrow = [t.detach().bfloat16() for t in inputs]
+    assert (neighborhood_mix(*narrow, window) - expected[0]).norm() < 0.05 * expected[0].norm()
+
+
+def test_kernels_of_two_factors_are_counted_and_well_behaved():
+    shapes = (2, 20, 3, 2), (2, 3, 2, 9), (3, 20, 9), (2, 4, 5, 3, 5)
+    inputs = [torch.randn(s).requires_grad_() for s in shapes]
+    torch.library.opcheck(_neighborhood_mixing._operator, (*inputs, 3, 3))
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_mix(*inputs, (3, 3)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 3 * 20 * 9) * (2 + 5)
 
 
 def test_memory_is_not_kept_for_the_backward_pass():
