@@ -6,7 +6,7 @@ All maps are channels-last, ``(B, *grid, C)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -54,8 +54,21 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_plain(modules: Iterable[nn.Module], types: Sequence[type[nn.Module]]) -> bool:
+    """Whether modules are of these very types and unobserved, so that what they do may be done in another way."""
+    return all(
+        type(m) in types and not any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+        for m in modules
+    )
+
+
 # elements of the widest map of a slice of the batch: what a CPU's second cache and its memory allocator like
 SLICE_ELEMENTS = 2**20
+
+
+def samples_at_once(x: Tensor, widest: int) -> int:
+    """Samples of a batch of maps in one slice; see `by_samples`."""
+    return max(1, SLICE_ELEMENTS // widest) if x.is_cpu else x.shape[0]
 
 
 def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tensor:
@@ -66,8 +79,7 @@ def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tenso
         x: a batch of maps.
         widest: elements of the largest intermediate map of one sample.
     """
-    size = 0 if is_symbolic(x) or not x.is_cpu else max(1, SLICE_ELEMENTS // widest)
-    if size == 0 or size >= x.shape[0]:
+    if is_symbolic(x) or (size := samples_at_once(x, widest)) >= x.shape[0]:
         return run(x)
     return torch.cat([run(part) for part in x.split(size)])
 

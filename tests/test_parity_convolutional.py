@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import mixzoo
 from mixzoo.mixers.large_kernel_conv import DilatedConv
-from mixzoo.models.overlock import ContMixBlock, FocusBlock, RepConvBlock
+from mixzoo.models._overlock_blocks import ContMixBlock, FocusBlock, RepConvBlock
 
 FOLDER = Path(__file__).parent / "parity"
 FIXTURES = FOLDER / "fixtures"
