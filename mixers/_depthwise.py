@@ -42,9 +42,11 @@ def convolution_backward(
 def _kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[int]) -> Tensor:
     """Gradient of a kernel ``(C, 1, k, l)``, by groups of columns, each that of a narrow kernel over a shifted map."""
     rows, columns = padding
+    if weight.shape[-1] <= _COLUMNS:
+        return convolution_backward(grad, x, weight, padding, len(weight), [False, True, False])[1]
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, columns, columns))  # (B, H, W + 2p, C)
     parts = []
-    for j, part in enumerate(weight.split(_COLUMNS, -1)):  # one part where the kernel is narrow
+    for j, part in enumerate(weight.split(_COLUMNS, -1)):
         seen = padded.narrow(2, j * _COLUMNS, grad.shape[-1] + part.shape[-1] - 1)
         shifted = seen.contiguous().permute(0, 3, 1, 2)
         parts.append(convolution_backward(grad, shifted, part, [rows, 0], len(weight), [False, True, False])[1])
@@ -53,9 +55,11 @@ def _kernel_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding: Sequence[
 
 def _apart(x: Tensor, steps: Sequence[int]) -> Tensor:
     """Maps of every r-th row and s-th column, ``(B, C, H, W) -> (r s B, C, H / r, W / s)``, rounded up with zeros."""
-    (b, c, h, w), (r, s) = x.shape, steps
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % s, 0, -h % r))
-    x = x.reshape(b, -(-h // r), r, -(-w // s), s, c).permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
+    (h, w), (r, s) = x.shape[2:], steps
+    x = x.permute(0, 2, 3, 1)
+    if h % r or w % s:
+        x = F.pad(x, (0, 0, 0, -w % s, 0, -h % r))
+    x = x.unflatten(2, (-1, s)).unflatten(1, (-1, r)).permute(2, 4, 0, 1, 3, 5).flatten(0, 2)
     return x.permute(0, 3, 1, 2)
 
 

@@ -67,8 +67,9 @@ SLICE_ELEMENTS = 2**20
 
 
 def samples_at_once(x: Tensor, widest: int) -> int:
-    """Samples of a batch of maps in one slice; see `by_samples`."""
-    return max(1, SLICE_ELEMENTS // widest) if x.is_cpu else x.shape[0]
+    """Samples of a batch of maps in one of slices of about the same length; see `by_samples`."""
+    slices = -(-x.shape[0] // max(1, SLICE_ELEMENTS // widest)) if x.is_cpu else 1
+    return -(-x.shape[0] // max(1, slices))
 
 
 def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tensor:

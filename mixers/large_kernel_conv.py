@@ -106,7 +106,7 @@ class DilatedConv(nn.Module):
         if self.training:
             y = self.norm(self.conv(x))
             for branch in self.branches.values():
-                y = y + branch(x)
+                y += branch(x)  # no norm keeps its result
             return y
         weight, bias = self.folded()
         return depthwise_conv(x, weight, bias, self.conv.padding)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -136,6 +139,35 @@ def test_backends_that_cannot_run():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA device"):
             mixzoo.neighborhood_apply(weights, values, 3, backend="triton")
+
+
+def test_natten_is_asked_for_the_same_sum(monkeypatch):
+    natten = types.ModuleType("natten.functional")
+    natten.na2d_av = lambda attn, value, kernel_size, dilation: written_out(attn, value, kernel_size) / dilation
+    monkeypatch.setitem(sys.modules, "natten", types.ModuleType("natten"))
+    monkeypatch.setitem(sys.modules, "natten.functional", natten)
+    inputs = make((7, 9), (3, 5))
+    actual, expected = (mixzoo.neighborhood_apply(*inputs, (3, 5), backend=name) for name in ("natten", "torch"))
+    torch.testing.assert_close(actual, expected)
+
+
+def natten_has_sums() -> bool:
+    try:
+        return hasattr(importlib.import_module("natten.functional"), "na2d_av")
+    except ImportError:
+        return False
+
+
+@pytest.mark.skipif(not natten_has_sums(), reason="natten with na2d_av, 0.15 to 0.17, is not installed")
+@pytest.mark.parametrize(("grid", "window"), [case for case in CASES if all(k % 2 for k in case[1])], ids=str)
+def test_natten(grid, window):
+    inputs = make(grid, window, torch.float32)
+    on_natten, on_torch = (
+        results(lambda *t, backend=backend: mixzoo.neighborhood_apply(*t, window, backend=backend), inputs)
+        for backend in ("natten", "torch")
+    )
+    for a, b in zip(on_natten, on_torch, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_in_its_interpreter")
