@@ -28,6 +28,7 @@ from ..mixers._layers import Linear
 from ..mixers._registry import specs_per_block, split_spec
 from ..mixers.contmix import RelativeBias
 from ._image import ImageBackbone, check_image, init_linear, init_linear_and_conv, to_size
+from ._overlock_blocks import ContMixBlock as ContMixBlock  # not in the network: the authors' block by itself
 from ._overlock_blocks import FocusBlock, RepConvBlock
 from ._registry import register_models
 from .metaformer import MetaFormerStage
