@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def is_symbolic(x: Tensor) -> bool:
@@ -60,6 +61,51 @@ def is_plain(modules: Iterable[nn.Module], types: Sequence[type[nn.Module]]) -> 
         type(m) in types and not any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
         for m in modules
     )
+
+
+_WITH_GELU = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
+
+
+def takes_gelu_along(x: Tensor, layer: nn.Module, act: nn.Module) -> bool:
+    """Whether `conv_gelu` may stand for ``act(layer(x))``: on a CPU, where no graph is recorded."""
+    if is_symbolic(x) or torch.is_grad_enabled() or _WITH_GELU is None or not isinstance(act, nn.GELU):
+        return False
+    if not x.is_cpu or x.ndim < 3 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    plain = is_plain((layer, act), (Linear, nn.Conv2d, nn.GELU, _GELU))
+    return plain and x.dtype == layer.weight.dtype == torch.float32
+
+
+def conv_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    padding: Sequence[int] = (0, 0),
+    groups: int = 1,
+    approximate: str = "none",
+) -> Tensor:
+    """GELU of a convolution ``(B, C, H, W) -> (B, C', H', W')``, taken on its way to memory; see `takes_gelu_along`."""
+    return _WITH_GELU(x, weight, bias, padding, [1, 1], [1, 1], groups, "gelu", [], approximate)
+
+
+def activated(x: Tensor, layer: Linear, act: nn.Module) -> Tensor:
+    """``act(layer(x))``, of a GELU in one pass if `takes_gelu_along`: ``(B, *grid, C) -> (B, *grid, C')``."""
+    if not takes_gelu_along(x, layer, act):
+        return act(layer(x))
+    image = x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(2)  # (B, H, W, C)
+    y = conv_gelu(
+        image.permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias, approximate=act.approximate
+    ).permute(0, 2, 3, 1)
+    return y if x.ndim == 4 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+if _WITH_GELU is not None:
+
+    @register_flop_formula(_WITH_GELU)
+    def _flops(x: Sequence[int], weight: Sequence[int], *args, out_shape: Sequence[int], **kwargs) -> int:
+        """For torch's own counter, in which a multiply-add is two and an activation none."""
+        return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
 # elements of the widest map of a slice of the batch: what a CPU's second cache and its memory allocator like

@@ -17,32 +17,31 @@ from torch import Tensor
 
 from ._conv_parts import ResidualDepthwise, ResponseNorm, response, response_backward
 from ._depthwise import convolution_backward
-from ._layers import Linear, by_samples, is_plain, is_symbolic, linear, samples_at_once
+from ._layers import Linear, activated, by_samples, is_plain, is_symbolic, linear, samples_at_once
 
 
-def _local(h: Tensor, kernel: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """a and l; the skip is part of the kernel."""
-    a = F.gelu(h)
+def _local(a: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    """l; the skip is part of the kernel."""
     y = F.conv2d(a.permute(0, 3, 1, 2), kernel, bias, padding=1, groups=kernel.shape[0])
-    return a, y.permute(0, 2, 3, 1)
+    return y.permute(0, 2, 3, 1)
 
 
 def _result(
-    h: Tensor, kernel: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, out_bias: Tensor, eps: float
+    a: Tensor, kernel: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, out_bias: Tensor, eps: float
 ) -> Tensor:
-    """y, without a graph."""
-    y = _local(h, kernel, bias)[1]
+    """y of a, without a graph."""
+    y = _local(a, kernel, bias)
     # in place, on a map that nobody else has
     return linear(torch.addcmul(beta, y, response(y, gamma, eps)[-1], out=y), weight, out_bias)
 
 
 class _Result(torch.autograd.Function):
-    """`_result` with a graph that holds h alone."""
+    """y of h, with a graph that holds h alone."""
 
     @staticmethod
     def forward(h, kernel, bias, gamma, beta, weight, out_bias, eps):
         parameters = kernel, bias, gamma, beta, weight, out_bias, eps
-        return by_samples(lambda part: _result(part, *parameters), h, h[0].numel())
+        return by_samples(lambda part: _result(F.gelu(part), *parameters), h, h[0].numel())
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -56,7 +55,8 @@ class _Result(torch.autograd.Function):
         size = samples_at_once(h, h[0].numel())
         slopes, sums = torch.empty_like(h), None
         for part, d, slope in zip(h.split(size), grad.split(size), slopes.split(size), strict=True):
-            a, y = _local(part, kernel, bias)
+            a = F.gelu(part)
+            y = _local(a, kernel, bias)
             *statistics, scale = response(y, gamma, ctx.eps)
             d, *of_linear = _backward(d, torch.addcmul(beta, y, scale), weight[:, :, None, None])
             d, *of_norm = response_backward(d, y, gamma, *statistics, scale)
@@ -95,7 +95,8 @@ class LocalMlp(nn.Module):
         rest = self.local.kernel(), self.local.conv.bias, norm.gamma, norm.beta, fc2.weight, fc2.bias, norm.eps
         if torch.is_grad_enabled():
             return _Result.apply(self.fc1(x), *rest)
-        return by_samples(lambda part: _result(self.fc1(part), *rest), x, x[0, ..., 0].numel() * fc2.in_features)
+        widest = x[0, ..., 0].numel() * fc2.in_features
+        return by_samples(lambda part: _result(activated(part, self.fc1, self.act), *rest), x, widest)
 
     def _runs_sliced(self, x: Tensor) -> bool:
         if is_symbolic(x) or not x.is_cpu or torch.is_autocast_enabled("cpu") or x.numel() == 0:
