@@ -60,9 +60,12 @@ class ResidualDepthwise(nn.Module):
         return depthwise_conv(x.movedim(-1, 1), self.kernel(), self.conv.bias, self.conv.padding).movedim(1, -1)
 
 
-def response(x: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of `ResponseNorm` on ``(B, H, W, C)``: mean_c g + eps ``(B, 1, 1, 1)``, n and gamma n + 1 ``(B, 1, 1, C)``."""
-    g = x.square().sum((1, 2), keepdim=True).sqrt_()
+def response(x: Tensor, gamma: Tensor, eps: float, scratch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `ResponseNorm` on ``(B, H, W, C)``: mean_c g + eps ``(B, 1, 1, 1)``, n and gamma n + 1 ``(B, 1, 1, C)``.
+
+    Squares go to ``scratch``, a map of the shape of x that is not needed any more, if there is one.
+    """
+    g = torch.mul(x, x, out=scratch).sum((1, 2), keepdim=True).sqrt_()
     mean = g.mean(-1, keepdim=True).add_(eps)
     n = g.div_(mean)
     return mean, n, (gamma * n).add_(1)

@@ -29,10 +29,10 @@ def _local(a: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
 def _result(
     a: Tensor, kernel: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, out_bias: Tensor, eps: float
 ) -> Tensor:
-    """y of a, without a graph."""
+    """y of a, which is overwritten, without a graph."""
     y = _local(a, kernel, bias)
-    # in place, on a map that nobody else has
-    return linear(torch.addcmul(beta, y, response(y, gamma, eps)[-1], out=y), weight, out_bias)
+    scale = response(y, gamma, eps, scratch=a)[-1]
+    return linear(torch.addcmul(beta, y, scale, out=y), weight, out_bias)
 
 
 class _Result(torch.autograd.Function):
