@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._depthwise import depthwise_conv, make_depthwise
-from ._layers import Linear, is_symbolic
+from ._layers import Linear, activated, is_symbolic
 
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -18,6 +18,11 @@ _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 def batch_norm(rank: int, dim: int, *, device=None, dtype=None) -> nn.Module:
     """Batch norm over ``(B, C, *grid)``."""
     return _NORMS[rank](dim, device=device, dtype=dtype)
+
+
+def normed(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> Tensor:
+    """``act(norm(conv(x)))``, where the norm may have been folded into the convolution: ``(B, C, H, W)``."""
+    return activated(x, conv, act) if isinstance(norm, nn.Identity) else act(norm(conv(x)))
 
 
 class LinearNorm(nn.Module):

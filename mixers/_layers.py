@@ -66,8 +66,7 @@ def is_plain(modules: Iterable[nn.Module], types: Sequence[type[nn.Module]]) -> 
 _WITH_GELU = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
 
 
-def takes_gelu_along(x: Tensor, layer: nn.Module, act: nn.Module) -> bool:
-    """Whether `conv_gelu` may stand for ``act(layer(x))``: on a CPU, where no graph is recorded."""
+def _takes_gelu_along(x: Tensor, layer: nn.Module, act: nn.Module) -> bool:
     if is_symbolic(x) or torch.is_grad_enabled() or _WITH_GELU is None or not isinstance(act, nn.GELU):
         return False
     if not x.is_cpu or x.ndim < 3 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
@@ -76,27 +75,22 @@ def takes_gelu_along(x: Tensor, layer: nn.Module, act: nn.Module) -> bool:
     return plain and x.dtype == layer.weight.dtype == torch.float32
 
 
-def conv_gelu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    padding: Sequence[int] = (0, 0),
-    groups: int = 1,
-    approximate: str = "none",
-) -> Tensor:
-    """GELU of a convolution ``(B, C, H, W) -> (B, C', H', W')``, taken on its way to memory; see `takes_gelu_along`."""
-    return _WITH_GELU(x, weight, bias, padding, [1, 1], [1, 1], groups, "gelu", [], approximate)
+def activated(x: Tensor, layer: nn.Module, act: nn.Module) -> Tensor:
+    """``act(layer(x))``; on a CPU, where no graph is recorded, oneDNN takes a GELU along on the way to memory.
 
-
-def activated(x: Tensor, layer: Linear, act: nn.Module) -> Tensor:
-    """``act(layer(x))``, of a GELU in one pass if `takes_gelu_along`: ``(B, *grid, C) -> (B, *grid, C')``."""
-    if not takes_gelu_along(x, layer, act):
+    Args:
+        x: ``(B, *grid, C)`` for a linear layer, ``(B, C, H, W)`` for a convolution.
+        layer: a linear layer or a convolution that pads with a number of zeros.
+        act: any activation.
+    """
+    if not _takes_gelu_along(x, layer, act):
         return act(layer(x))
-    image = x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(2)  # (B, H, W, C)
-    y = conv_gelu(
-        image.permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias, approximate=act.approximate
-    ).permute(0, 2, 3, 1)
+    if isinstance(layer, nn.Conv2d):
+        options = layer.padding, layer.stride, layer.dilation, layer.groups
+        return _WITH_GELU(x, layer.weight, layer.bias, *options, "gelu", [], act.approximate)
+    image = (x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(2)).permute(0, 3, 1, 2)  # (B, C, H, W)
+    kernel, ones = layer.weight[:, :, None, None], [1, 1]
+    y = _WITH_GELU(image, kernel, layer.bias, [0, 0], ones, ones, 1, "gelu", [], act.approximate).permute(0, 2, 3, 1)
     return y if x.ndim == 4 else y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_parts import ResidualDepthwise
-from ._layers import Linear, activated, conv_gelu, takes_gelu_along
+from ._layers import Linear, activated
 from ._registry import register_mixer
 
 
@@ -118,12 +118,7 @@ class Inception(nn.Module):
         if self.rank == 1:
             x = x.unsqueeze(1)  # an image of height one
         first, second, low = x.split(self.widths, -1)
-        local = self.conv_fc(first).permute(0, 3, 1, 2)
-        if takes_gelu_along(local, self.conv, self.act):
-            conv = self.conv
-            local = conv_gelu(local, conv.weight, conv.bias, padding=conv.padding, groups=conv.groups)
-        else:
-            local = self.act(self.conv(local))
+        local = activated(self.conv_fc(first).permute(0, 3, 1, 2), self.conv, self.act)
         highest = F.max_pool2d(second.permute(0, 3, 1, 2), self.kernel, 1, self.pad).permute(0, 2, 3, 1)
         highest = activated(highest, self.pool_fc, self.act)
         y = torch.cat([local.permute(0, 2, 3, 1), highest, self.attention(low)], -1)

@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..mixers import TOKEN_MIXERS
-from ..mixers._conv_parts import ResidualDepthwise, ResponseNorm, SqueezeExcitation
+from ..mixers._conv_parts import ResidualDepthwise, ResponseNorm, SqueezeExcitation, normed
 from ..mixers._layers import Linear
 from ..mixers._local_mlp import LocalMlp
 from ..mixers.contmix import ContMix, GatedContextMixing
@@ -119,7 +119,7 @@ class FocusMixing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, context = x.split(self.widths, -1)
-        y = self.act(self.fuse_norm(self.fuse_conv(x.permute(0, 3, 1, 2)))).permute(0, 2, 3, 1)
+        y = normed(x.permute(0, 3, 1, 2), self.fuse_conv, self.fuse_norm, self.act).permute(0, 2, 3, 1)
         return self.mix(query, context, self.norm(self.fuse_fc(y)))
 
 

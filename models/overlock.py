@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..mixers import TOKEN_MIXERS
-from ..mixers._conv_parts import LinearNorm
+from ..mixers._conv_parts import LinearNorm, normed
 from ..mixers._layers import Linear
 from ..mixers._registry import specs_per_block, split_spec
 from ..mixers.contmix import RelativeBias
@@ -35,7 +35,10 @@ from .metaformer import MetaFormerStage
 
 
 class ConvNorm(nn.Module):
-    """3x3 convolution without bias and batch norm: ``(B, C, H, W) -> (B, C', H / stride, W / stride)``, rounded up."""
+    """3x3 convolution without bias and batch norm, and an activation if one is given.
+
+    Shapes: ``(B, C, H, W) -> (B, C', H / stride, W / stride)``, rounded up.
+    """
 
     folds = (("conv", "norm"),)
 
@@ -44,8 +47,8 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(in_chans, out_chans, 3, stride, 1, bias=False, device=device, dtype=dtype)
         self.norm = nn.BatchNorm2d(out_chans, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+    def forward(self, x: Tensor, act: nn.Module | None = None) -> Tensor:
+        return self.norm(self.conv(x)) if act is None else normed(x, self.conv, self.norm, act)
 
 
 class OverLoCKStem(nn.Module):
@@ -63,7 +66,7 @@ class OverLoCKStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         for conv in self.convs[:-1]:
-            x = self.act(conv(x))
+            x = conv(x, self.act)
         return self.convs[-1](x)
 
 

@@ -69,6 +69,18 @@ def test_gelu_goes_along_with_the_product(shape, approximate, bias):
     assert calls == [1]
 
 
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"stride": 2, "dilation": 2}, {"groups": 4, "bias": False}], ids=str
+)
+def test_gelu_goes_along_with_the_convolution(options):
+    layer, act, x = nn.Conv2d(8, 12, 3, **options), nn.GELU(), torch.randn(2, 8, 9, 7)
+    expected = act(layer(x))
+    with torch.no_grad():
+        y = activated(x.contiguous(memory_format=torch.channels_last), layer, act)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("shape", [(77,), (300, 401)])
 def test_dropout_drops_its_share_and_keeps_the_mean(p, shape):
