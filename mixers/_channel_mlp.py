@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 from torch import Tensor
 
-from ._layers import Dropout, Linear, make_activation
+from ._layers import Dropout, Linear, activated, make_activation
 from ._registry import register_channel_mixer
 
 
@@ -51,5 +51,5 @@ class ChannelMlp(nn.Module):
         self.drop2 = Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.act(self.fc1(x)))  # (B, *grid, ratio C)
+        x = self.drop1(activated(x, self.fc1, self.act))  # (B, *grid, ratio C)
         return self.drop2(self.fc2(x))

@@ -10,20 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._depthwise import depthwise_conv, make_depthwise
-from ._layers import Linear
+from ._layers import Linear, activated, is_symbolic
 
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-def conv_class(rank: int) -> type[nn.Module]:
-    """The convolution over grids of that rank."""
-    return _CONVS[rank]
 
 
 def batch_norm(rank: int, dim: int, *, device=None, dtype=None) -> nn.Module:
     """Batch norm over ``(B, C, *grid)``."""
     return _NORMS[rank](dim, device=device, dtype=dtype)
+
+
+def normed(x: Tensor, conv: nn.Module, norm: nn.Module, act: nn.Module) -> Tensor:
+    """``act(norm(conv(x)))``, where the norm may have been folded into the convolution: ``(B, C, H, W)``."""
+    return activated(x, conv, act) if isinstance(norm, nn.Identity) else act(norm(conv(x)))
 
 
 class LinearNorm(nn.Module):
@@ -57,11 +56,55 @@ class ResidualDepthwise(nn.Module):
         self.conv = make_depthwise(dim, kernel, bias=bias, device=device, dtype=dtype)
         self._edges = [k // 2 for k in reversed(kernel) for _ in range(2)]
 
+    def kernel(self) -> Tensor:
+        """The kernel with the skip in it."""
+        weight = self.conv.weight
+        return weight + F.pad(weight.new_ones((1,) * weight.ndim), self._edges)
+
     def forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        one = conv.weight.new_ones((1,) * conv.weight.ndim)
-        weight = conv.weight + F.pad(one, self._edges)
-        return depthwise_conv(x.movedim(-1, 1), weight, conv.bias, conv.padding).movedim(1, -1)
+        return depthwise_conv(x.movedim(-1, 1), self.kernel(), self.conv.bias, self.conv.padding).movedim(1, -1)
+
+
+def response(x: Tensor, gamma: Tensor, eps: float, scratch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `ResponseNorm` on ``(B, H, W, C)``: mean_c g + eps ``(B, 1, 1, 1)``, n and gamma n + 1 ``(B, 1, 1, C)``.
+
+    Squares go to ``scratch``, a map of the shape of x that is not needed any more, if there is one.
+    """
+    g = torch.mul(x, x, out=scratch).sum((1, 2), keepdim=True).sqrt_()
+    mean = g.mean(-1, keepdim=True).add_(eps)
+    n = g.div_(mean)
+    return mean, n, (gamma * n).add_(1)
+
+
+def response_backward(
+    grad: Tensor, x: Tensor, gamma: Tensor, mean: Tensor, n: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gamma and beta, from what `response` gives."""
+    of_scale = (grad * x).sum((1, 2), keepdim=True)
+    of_n = of_scale * gamma
+    of_g = (of_n - (of_n * n).mean(-1, keepdim=True)) / mean
+    # a channel without response has no slope
+    slope = torch.where(n > 0, of_g / (n * mean), 0)
+    return torch.addcmul(grad * scale, x, slope), (of_scale * n).sum((0, 1, 2)), grad.sum((0, 1, 2))
+
+
+class _ResponseNorm(torch.autograd.Function):
+    """`ResponseNorm` that keeps x alone, with sums over positions in the order of memory."""
+
+    @staticmethod
+    def forward(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+        return torch.addcmul(beta, x, response(x, gamma, eps)[-1])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, gamma, _ = ctx.saved_tensors
+        return *response_backward(grad, x, gamma, *response(x, gamma, ctx.eps)), None
 
 
 class ResponseNorm(nn.Module):
@@ -79,6 +122,8 @@ class ResponseNorm(nn.Module):
         self.beta = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_symbolic(x) and x.is_cpu and x.dtype == self.gamma.dtype and x.dtype.itemsize >= 4:
+            return _ResponseNorm.apply(x, self.gamma, self.beta, self.eps)
         wide = torch.promote_types(x.dtype, torch.float32)
         g = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # (B, 1, 1, C)
         n = g / (g.mean(-1, keepdim=True) + self.eps)

@@ -6,7 +6,7 @@ All maps are channels-last, ``(B, *grid, C)``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def is_symbolic(x: Tensor) -> bool:
@@ -61,8 +62,61 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_plain(modules: Iterable[nn.Module], types: Sequence[type[nn.Module]]) -> bool:
+    """Whether modules are of these very types and unobserved, so that what they do may be done in another way."""
+    return all(
+        type(m) in types and not any((m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks))
+        for m in modules
+    )
+
+
+_WITH_GELU = getattr(torch.ops.mkldnn, "_convolution_pointwise", None) if _ONEDNN else None
+
+
+def _takes_gelu_along(x: Tensor, layer: nn.Module, act: nn.Module) -> bool:
+    if is_symbolic(x) or torch.is_grad_enabled() or _WITH_GELU is None or not isinstance(act, nn.GELU):
+        return False
+    if not x.is_cpu or x.ndim < 3 or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        return False
+    plain = is_plain((layer, act), (Linear, nn.Conv2d, nn.GELU, _GELU))
+    return plain and x.dtype == layer.weight.dtype == torch.float32
+
+
+def activated(x: Tensor, layer: nn.Module, act: nn.Module) -> Tensor:
+    """``act(layer(x))``; on a CPU, where no graph is recorded, oneDNN takes a GELU along on the way to memory.
+
+    Args:
+        x: ``(B, *grid, C)`` for a linear layer, ``(B, C, H, W)`` for a convolution.
+        layer: a linear layer or a convolution that pads with a number of zeros.
+        act: any activation.
+    """
+    if not _takes_gelu_along(x, layer, act):
+        return act(layer(x))
+    if isinstance(layer, nn.Conv2d):
+        options = layer.padding, layer.stride, layer.dilation, layer.groups
+        return _WITH_GELU(x, layer.weight, layer.bias, *options, "gelu", [], act.approximate)
+    image = (x if x.ndim == 4 else x.flatten(1, -2).unsqueeze(2)).permute(0, 3, 1, 2)  # (B, C, H, W)
+    kernel, ones = layer.weight[:, :, None, None], [1, 1]
+    y = _WITH_GELU(image, kernel, layer.bias, [0, 0], ones, ones, 1, "gelu", [], act.approximate).permute(0, 2, 3, 1)
+    return y if x.ndim == 4 else y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+if _WITH_GELU is not None:
+
+    @register_flop_formula(_WITH_GELU)
+    def _flops(x: Sequence[int], weight: Sequence[int], *args, out_shape: Sequence[int], **kwargs) -> int:
+        """For torch's own counter, in which a multiply-add is two and an activation none."""
+        return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
 # elements of the widest map of a slice of the batch: what a CPU's second cache and its memory allocator like
 SLICE_ELEMENTS = 2**20
+
+
+def samples_at_once(x: Tensor, widest: int) -> int:
+    """Samples of a batch of maps in one of slices of about the same length; see `by_samples`."""
+    slices = -(-x.shape[0] // max(1, SLICE_ELEMENTS // widest)) if x.is_cpu else 1
+    return -(-x.shape[0] // max(1, slices))
 
 
 def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tensor:
@@ -73,8 +127,7 @@ def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tenso
         x: a batch of maps.
         widest: elements of the largest intermediate map of one sample.
     """
-    size = 0 if is_symbolic(x) or not x.is_cpu else max(1, SLICE_ELEMENTS // widest)
-    if size == 0 or size >= x.shape[0]:
+    if is_symbolic(x) or (size := samples_at_once(x, widest)) >= x.shape[0]:
         return run(x)
     return torch.cat([run(part) for part in x.tensor_split(-(-x.shape[0] // size))])
 

@@ -89,7 +89,7 @@ def make_tiling(grid: tuple[int, int], window: tuple[int, int], device: torch.de
     return Tiling(tiles, queries, keys, place, key, result.flatten())
 
 
-_cached_tiling = lru_cache(maxsize=64)(make_tiling)
+cached_tiling = lru_cache(maxsize=64)(make_tiling)
 
 
 def _dense(weights: Tensor, tiling: Tiling, buffer: Tensor | None = None) -> Tensor:
@@ -125,16 +125,20 @@ def _to_queries(grad: Tensor, tiling: Tiling) -> Tensor:
     return grad.reshape(-1, tiling.queries, grad.shape[-1])
 
 
+def heads_at_once(tiling: Tiling, like: Tensor) -> int:
+    """Heads whose dense blocks are made at once."""
+    block = tiling.tiles * tiling.queries * tiling.keys * like.element_size()
+    return max(1, _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES["cuda"]) // block)
+
+
 def _chunks(heads: int, tiling: Tiling, like: Tensor) -> tuple[list[slice], Tensor | None]:
     """Slices of heads whose dense blocks are made at once, and the buffer for them."""
-    block = tiling.tiles * tiling.queries * tiling.keys
-    limit = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES["cuda"])
-    n = max(1, min(heads, limit // (block * like.element_size())))
-    buffer = None if tiling.place is None else like.new_zeros(n, block)
+    n = min(heads, heads_at_once(tiling, like))
+    buffer = None if tiling.place is None else like.new_zeros(n, tiling.tiles * tiling.queries * tiling.keys)
     return [slice(i, min(i + n, heads)) for i in range(0, heads, n)], buffer
 
 
-def _apply_torch(weights: Tensor, values: Tensor, tiling: Tiling) -> Tensor:
+def apply_tiled(weights: Tensor, values: Tensor, tiling: Tiling) -> Tensor:
     """``(n, N k^2), (n, N, D) -> (n, N, D)``"""
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     parts, buffer = _chunks(weights.shape[0], tiling, weights)
@@ -144,7 +148,7 @@ def _apply_torch(weights: Tensor, values: Tensor, tiling: Tiling) -> Tensor:
     return out
 
 
-def _backward_torch(grad: Tensor, weights: Tensor, values: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
+def backward_tiled(grad: Tensor, weights: Tensor, values: Tensor, tiling: Tiling) -> tuple[Tensor, Tensor]:
     """Gradients of weights ``(n, N k^2)`` and values ``(n, N, D)``."""
     grad_weights = torch.empty_like(weights, memory_format=torch.contiguous_format)
     grad_values = torch.empty_like(values, memory_format=torch.contiguous_format)
@@ -173,8 +177,8 @@ def _operator(weights: Tensor, values: Tensor, height: int, width: int, triton: 
         from . import _neighborhood_triton as _triton
 
         return _triton.apply(weights.contiguous(), values.contiguous(), height, width)
-    tiling = _cached_tiling(tuple(values.shape[2:4]), (height, width), values.device)
-    return _apply_torch(*_flat(weights, values), tiling).reshape(values.shape)
+    tiling = cached_tiling(tuple(values.shape[2:4]), (height, width), values.device)
+    return apply_tiled(*_flat(weights, values), tiling).reshape(values.shape)
 
 
 @torch.library.custom_op("mixzoo::neighborhood_apply_backward", mutates_args=())
@@ -185,9 +189,9 @@ def _operator_backward(
         from . import _neighborhood_triton as _triton
 
         return _triton.backward(grad.contiguous(), weights.contiguous(), values.contiguous(), height, width)
-    tiling = _cached_tiling(tuple(values.shape[2:4]), (height, width), values.device)
+    tiling = cached_tiling(tuple(values.shape[2:4]), (height, width), values.device)
     flat = grad.flatten(0, 1).flatten(1, 2)
-    grad_weights, grad_values = _backward_torch(flat, *_flat(weights, values), tiling)
+    grad_weights, grad_values = backward_tiled(flat, *_flat(weights, values), tiling)
     return grad_weights.reshape(weights.shape), grad_values.reshape(values.shape)
 
 

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from ._conv_parts import LinearNorm, SqueezeExcitation
 from ._layers import Linear
-from ._neighborhood import neighborhood_apply, window_starts
+from ._neighborhood import window_starts
+from ._neighborhood_mixing import neighborhood_mix
 from ._registry import register_mixer
 from .large_kernel_conv import DilatedConv
 
@@ -123,18 +124,16 @@ class DynamicKernels(nn.Module):
 
     def _mix(self, query: Tensor, context: Tensor, value: Tensor) -> Tensor:
         (B, h, w, C), G = value.shape, self.heads
-        q = (self.query(query) * self.scale).reshape(B, h * w, G, C // (2 * G)).permute(0, 2, 1, 3)  # (B, G, N, D)
+        q = (self.query(query) * self.scale).reshape(B, h * w, G, C // (2 * G))  # (B, N, G, D)
         pooled = F.adaptive_avg_pool2d(context.permute(0, 3, 1, 2), self.regions).permute(0, 2, 3, 1)
         k = self.key(pooled).flatten(1, 2).unflatten(-1, (G, C // (2 * G))).permute(0, 2, 3, 1)  # (B, G, D, 49)
-        v = value.reshape(B, h, w, 2, G, C // (2 * G)).permute(3, 0, 4, 1, 2, 5)  # (2, B, G, H, W, D)
+        v = value.reshape(B, h, w, 2, G, C // (2 * G))
         weights, biases = (p.split(self.taps) for p in (self.kernel_proj.weight, self.kernel_proj.bias))
-        mixed = []
-        for i, kernel in enumerate(self.kernels):
-            logits = torch.matmul(q, F.linear(k, weights[i]))  # (B, G, N, taps)
-            logits = logits + (self.bias[i](h, w) + biases[i])
-            p = torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(v.dtype)
-            mixed.append(neighborhood_apply(p.unflatten(2, (h, w)), v[i], kernel))  # (B, G, H, W, D)
-        return torch.stack(mixed, 1).permute(0, 3, 4, 1, 2, 5).reshape(B, h, w, C)
+        mixed = [
+            neighborhood_mix(q, F.linear(k, weights[i]), self.bias[i](h, w) + biases[i], v[:, :, :, i], kernel)
+            for i, kernel in enumerate(self.kernels)
+        ]  # 2 x (B, H, W, G, D)
+        return torch.stack(mixed, 3).flatten(3)
 
 
 def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -158,6 +157,7 @@ class GatedContextMixing(nn.Module):
     """
 
     folds = (("lepe.conv", "lepe_norm"),)
+    folds_ahead = (("norm", "proj"),)
 
     def __init__(
         self,

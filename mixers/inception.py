@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._conv_parts import ResidualDepthwise
-from ._layers import Linear
+from ._layers import Linear, activated
 from ._registry import register_mixer
 
 
@@ -106,6 +106,7 @@ class Inception(nn.Module):
         kernel, self.pad = ((1, 3), (0, 1)) if rank == 1 else ((3, 3), (1, 1))
         self.conv = nn.Conv2d(2 * half, 2 * half, kernel, padding=self.pad, groups=2 * half, bias=False, **dd)
         self.pool_fc = Linear(half, 2 * half, **dd)
+        self.act = nn.GELU()
         self.kernel = kernel
         pool = (1, pool_size) if rank == 1 else (pool_size, pool_size)
         self.attention = LowFrequencyAttention(low_heads, head_dim, pool, attn_drop, **dd)
@@ -117,8 +118,9 @@ class Inception(nn.Module):
         if self.rank == 1:
             x = x.unsqueeze(1)  # an image of height one
         first, second, low = x.split(self.widths, -1)
-        local = self.conv(self.conv_fc(first).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        local = activated(self.conv_fc(first).permute(0, 3, 1, 2), self.conv, self.act)
         highest = F.max_pool2d(second.permute(0, 3, 1, 2), self.kernel, 1, self.pad).permute(0, 2, 3, 1)
-        y = torch.cat([F.gelu(local), F.gelu(self.pool_fc(highest)), self.attention(low)], -1)
+        highest = activated(highest, self.pool_fc, self.act)
+        y = torch.cat([local.permute(0, 2, 3, 1), highest, self.attention(low)], -1)
         y = self.proj_drop(self.proj(self.fuse(y)))
         return y.squeeze(1) if self.rank == 1 else y

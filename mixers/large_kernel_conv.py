@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
 
-from ._conv_parts import batch_norm, conv_class
+from ._conv_parts import batch_norm
 from ._depthwise import depthwise_conv, make_depthwise
 from ._registry import register_mixer
 
@@ -62,10 +62,8 @@ class DilatedBranch(nn.Module):
     def __init__(self, dim: int, kernel: Sequence[int], dilation: Sequence[int], *, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        padding = tuple(r * (k // 2) for k, r in zip(kernel, dilation, strict=True))
-        conv, rank = conv_class(len(kernel)), len(kernel)
-        self.conv = conv(dim, dim, kernel, padding=padding, dilation=dilation, groups=dim, bias=False, **dd)
-        self.norm = batch_norm(rank, dim, **dd)
+        self.conv = make_depthwise(dim, kernel, dilation=dilation, bias=False, **dd)
+        self.norm = batch_norm(len(kernel), dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
@@ -108,7 +106,7 @@ class DilatedConv(nn.Module):
         if self.training:
             y = self.norm(self.conv(x))
             for branch in self.branches.values():
-                y = y + branch(x)
+                y += branch(x)  # no norm keeps its result
             return y
         weight, bias = self.folded()
         return depthwise_conv(x, weight, bias, self.conv.padding)

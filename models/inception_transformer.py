@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, register_notrace_function
 from torch import Tensor
 
+from ..mixers._conv_parts import normed
 from ..mixers._registry import specs_per_block
 from ._hierarchical import stage_groups
 from ._image import ClassifierHead, ImageBackbone, init_linear_and_conv, to_size
@@ -45,7 +46,7 @@ class InceptionStem(nn.Module):
         self.norm2 = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm1(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+        x = normed(x.contiguous(memory_format=torch.channels_last), self.conv1, self.norm1, self.act)
         return self.norm2(self.conv2(x))
 
 

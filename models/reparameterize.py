@@ -3,9 +3,11 @@
 With running statistics a batch norm is an affine map by channels, so
 
     BN(W x + b) = (s W) x + s (b - mean) + beta,    s = gamma / sqrt(var + eps)
+    W BN(x) + b = (W s) x + W (beta - s mean) + b
 
-Modules say what they hold: one with a method ``reparameterize`` folds its own branches (`DilatedConv`), and the class
-attribute ``folds`` names pairs (convolution or linear layer, batch norm behind it). timm's layers are listed here.
+Modules say what they hold: one with a method ``reparameterize`` folds its own branches (`DilatedConv`), the class
+attribute ``folds`` names pairs (convolution or linear layer, batch norm behind it), and ``folds_ahead`` pairs (batch
+norm, linear layer behind it, with at most a mean between them). timm's layers are listed here.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ def reparameterize(model: nn.Module, *, inplace: bool = False, norms: bool = Tru
     for module in modules if norms else ():
         for conv, norm in _pairs(module):
             _fold(module, conv, norm)
+        for norm, linear in getattr(type(module), "folds_ahead", ()):
+            _fold_ahead(module, norm, linear)
     config = getattr(model, "config", None)
     if config:
         model.config = {**config, "reparameterized": "norms" if norms else "branches"}
@@ -63,6 +67,10 @@ def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
     return getattr(type(module), "folds", ()) or _OF_TIMM.get(type(module), ())
 
 
+def _is_affine(norm: nn.Module) -> bool:
+    return isinstance(norm, _BatchNorm) and norm.running_var is not None
+
+
 @torch.no_grad()
 def _fold(parent: nn.Module, conv_path: str, norm_path: str) -> None:
     """Put the norm into the convolution, and what follows it in its place."""
@@ -70,7 +78,7 @@ def _fold(parent: nn.Module, conv_path: str, norm_path: str) -> None:
         conv, norm = attrgetter(conv_path)(parent), attrgetter(norm_path)(parent)
     except AttributeError:
         return
-    if not isinstance(conv, _FOLDED) or not isinstance(norm, _BatchNorm) or norm.running_var is None:
+    if not isinstance(conv, _FOLDED) or not _is_affine(norm):
         return
     scale, shift = fold_norm(norm)
     weight = conv.weight * scale.reshape(-1, *[1] * (conv.weight.ndim - 1)).to(conv.weight.dtype)
@@ -81,3 +89,18 @@ def _fold(parent: nn.Module, conv_path: str, norm_path: str) -> None:
     # timm's norms hold the activation behind them
     owner, _, name = norm_path.rpartition(".")
     setattr(parent.get_submodule(owner), name, getattr(norm, "act", nn.Identity()))
+
+
+@torch.no_grad()
+def _fold_ahead(parent: nn.Module, norm_name: str, linear_name: str) -> None:
+    """Put the norm into the linear layer behind it, and nothing in its place."""
+    norm, linear = getattr(parent, norm_name), getattr(parent, linear_name)
+    if not isinstance(linear, nn.Linear) or not _is_affine(norm):
+        return
+    scale, shift = fold_norm(norm)
+    bias = linear.weight.to(shift.dtype) @ shift
+    bias = bias if linear.bias is None else bias + linear.bias
+    dtype, trainable = linear.weight.dtype, linear.weight.requires_grad
+    linear.weight = nn.Parameter((linear.weight * scale).to(dtype), requires_grad=trainable)
+    linear.bias = nn.Parameter(bias.to(dtype), requires_grad=trainable)
+    setattr(parent, norm_name, nn.Identity())

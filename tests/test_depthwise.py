@@ -28,29 +28,37 @@ def results(function, inputs):
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize(
-    ("grid", "kernel", "padding"),
+    ("grid", "kernel", "padding", "dilation"),
     [
-        ((9, 11), (7, 7), (3, 3)),
-        ((9, 11), (5, 4), (2, 3)),
-        ((6, 5), (3, 9), (1, 4)),
-        ((4, 3), (13, 13), (6, 6)),
-        ((12, 12), (3, 3), (1, 1)),
-        ((12, 12), (5, 5), (0, 0)),
-        ((1, 1), (7, 7), (3, 3)),
-        ((17,), (7,), (3,)),
-        ((17,), (4,), (3,)),
-        ((4, 5, 6), (3, 5, 5), (1, 2, 2)),
+        ((9, 11), (7, 7), (3, 3), 1),
+        ((9, 11), (5, 4), (2, 3), 1),
+        ((6, 5), (3, 9), (1, 4), 1),
+        ((4, 3), (13, 13), (6, 6), 1),
+        ((12, 12), (3, 3), (1, 1), 1),
+        ((12, 12), (5, 5), (0, 0), 1),
+        ((1, 1), (7, 7), (3, 3), 1),
+        ((17,), (7,), (3,), 1),
+        ((17,), (4,), (3,), 1),
+        ((4, 5, 6), (3, 5, 5), (1, 2, 2), 1),
+        ((9, 11), (3, 3), (2, 2), 2),
+        ((9, 12), (7, 5), (9, 6), 3),
+        ((5, 4), (3, 3), (7, 7), 7),
+        ((6, 7), (5, 5), (8, 8), 4),
+        ((9, 8), (3, 3), (0, 0), 2),
+        ((17,), (5,), (4,), 2),
+        ((17,), (3,), (8,), 8),
+        ((4, 5, 6), (3, 3, 3), (2, 2, 2), 2),
     ],
     ids=str,
 )
-def test_equals_torch(grid, kernel, padding, channels_last):
-    inputs = make(grid, kernel, channels_last)
+def test_equals_torch(grid, kernel, padding, dilation, channels_last):
+    inputs, steps = make(grid, kernel, channels_last), (dilation,) * len(grid)
 
     def plain(x, weight, bias):
-        return PLAIN[len(grid)](x, weight, bias, padding=padding, groups=5)
+        return PLAIN[len(grid)](x, weight, bias, padding=padding, dilation=steps, groups=5)
 
     expected = results(plain, inputs)
-    for actual, wanted in zip(results(lambda *t: depthwise_conv(*t, padding), inputs), expected, strict=True):
+    for actual, wanted in zip(results(lambda *t: depthwise_conv(*t, padding, steps), inputs), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -66,15 +74,17 @@ def test_the_kernel_has_its_gradient_by_columns(monkeypatch):
     assert len(calls) == 1
 
 
-def test_twice_differentiable():
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_twice_differentiable(dilation):
     x, weight, bias = make((6, 6), (5, 5))
+    padding, steps = (2 * dilation,) * 2, (dilation,) * 2
 
     def slope(function):
         (dw,) = torch.autograd.grad(function(x, weight, bias).pow(3).sum(), weight, create_graph=True)
         return torch.autograd.grad(dw.pow(2).sum(), (x, weight, bias))
 
-    actual = slope(lambda *t: depthwise_conv(*t, (2, 2)))
-    expected = slope(lambda *t: F.conv2d(*t, padding=2, groups=5))
+    actual = slope(lambda *t: depthwise_conv(*t, padding, steps))
+    expected = slope(lambda *t: F.conv2d(*t, padding=padding, dilation=steps, groups=5))
     for a, b in zip(actual, expected, strict=True):
         assert (a - b).norm() < 1e-4 * b.norm()
 
@@ -93,7 +103,7 @@ def test_gradients_of_each_sample():
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_layers_are_those_of_torch(rank):
-    layer = make_depthwise(6, (5,) * rank, bias=False)
+    layer = make_depthwise(6, (5,) * rank, dilation=(2,) * rank, bias=False)
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1])
     x = torch.randn(2, 6, *[7] * rank)
     assert layer(x).shape == x.shape

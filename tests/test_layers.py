@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from mixzoo.mixers._layers import Dropout, Linear, StarReLU
+from mixzoo.mixers._layers import Dropout, Linear, StarReLU, activated
 
 
 @pytest.mark.parametrize("shape", [(5, 8), (2, 7, 8), (2, 3, 5, 8), (1, 2, 3, 4, 8), (0, 3, 8)])
@@ -47,6 +49,36 @@ def test_star_relu_is_its_formula_up_to_second_derivatives():
         return torch.func.functional_call(layer, {"scale": scale, "bias": bias}, (x,))
 
     assert torch.autograd.gradgradcheck(of, inputs)
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 7, 8), (2, 3, 5, 8), (1, 1, 1, 8), (1, 2, 3, 4, 8), (0, 3, 8)])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gelu_goes_along_with_the_product(shape, approximate, bias):
+    layer, act, x = Linear(8, 6, bias=bias), nn.GELU(approximate), torch.randn(shape)
+    expected, calls = act(layer(x)), []
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = activated(x, layer, act)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous()
+    assert counter.get_total_flops() == 2 * x.numel() * 6
+    assert torch.equal(activated(x, layer, act), expected), "with a graph the two are apart"
+    act.register_forward_hook(lambda *args: calls.append(1))
+    with torch.no_grad():
+        activated(x, layer, act)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": 1}, {"stride": 2, "dilation": 2}, {"groups": 4, "bias": False}], ids=str
+)
+def test_gelu_goes_along_with_the_convolution(options):
+    layer, act, x = nn.Conv2d(8, 12, 3, **options), nn.GELU(), torch.randn(2, 8, 9, 7)
+    expected = act(layer(x))
+    with torch.no_grad():
+        y = activated(x.contiguous(memory_format=torch.channels_last), layer, act)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.7, 1.0])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
+import types
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import mixzoo
-from mixzoo.mixers import _neighborhood
+from mixzoo.mixers import _neighborhood, _neighborhood_mixing
+from mixzoo.mixers._neighborhood_mixing import neighborhood_mix
 
 # grid and window: small ones in one tile, cut ones on one axis and on both, windows of the whole grid, borders all over
 CASES = [
@@ -76,6 +81,36 @@ def test_operator_is_well_behaved():
     assert torch.autograd.gradcheck(lambda *t: mixzoo.neighborhood_apply(*t, 3), inputs)
 
 
+@pytest.mark.parametrize("chunk", [None, 30_000, 1])
+@pytest.mark.parametrize(("grid", "window"), CASES, ids=str)
+def test_kernels_of_two_factors(grid, window, chunk, monkeypatch):
+    if chunk is not None:
+        monkeypatch.setattr(_neighborhood, "_CHUNK_BYTES", {"cpu": chunk, "cuda": chunk})
+    generator = torch.Generator().manual_seed(sum(grid))
+    n, taps = grid[0] * grid[1], window[0] * window[1]
+    shapes = (3, n, 4, 2), (3, 4, 2, taps), (4, n, taps), (3, *grid, 4, 5)  # q, M, b, v
+    inputs = [torch.randn(s, dtype=torch.float64, generator=generator).requires_grad_() for s in shapes]
+
+    def plain(q, factor, bias, values):
+        p = torch.softmax(torch.einsum("bngd,bgdk->bgnk", q, factor) + bias, -1).unflatten(2, grid)
+        return written_out(p, values.permute(0, 3, 1, 2, 4), window).permute(0, 2, 3, 1, 4)
+
+    expected = results(plain, inputs)
+    for actual, wanted in zip(results(lambda *t: neighborhood_mix(*t, window), inputs), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    narrow = [t.detach().bfloat16() for t in inputs]
+    assert (neighborhood_mix(*narrow, window) - expected[0]).norm() < 0.05 * expected[0].norm()
+
+
+def test_kernels_of_two_factors_are_counted_and_well_behaved():
+    shapes = (2, 20, 3, 2), (2, 3, 2, 9), (3, 20, 9), (2, 4, 5, 3, 5)
+    inputs = [torch.randn(s).requires_grad_() for s in shapes]
+    torch.library.opcheck(_neighborhood_mixing._operator, (*inputs, 3, 3))
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_mix(*inputs, (3, 3)).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * (2 * 3 * 20 * 9) * (2 + 5)
+
+
 def test_memory_is_not_kept_for_the_backward_pass():
     weights, values = make((25, 31), (7, 5))
     saved = []
@@ -104,6 +139,35 @@ def test_backends_that_cannot_run():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA device"):
             mixzoo.neighborhood_apply(weights, values, 3, backend="triton")
+
+
+def test_natten_is_asked_for_the_same_sum(monkeypatch):
+    natten = types.ModuleType("natten.functional")
+    natten.na2d_av = lambda attn, value, kernel_size, dilation: written_out(attn, value, kernel_size) / dilation
+    monkeypatch.setitem(sys.modules, "natten", types.ModuleType("natten"))
+    monkeypatch.setitem(sys.modules, "natten.functional", natten)
+    inputs = make((7, 9), (3, 5))
+    actual, expected = (mixzoo.neighborhood_apply(*inputs, (3, 5), backend=name) for name in ("natten", "torch"))
+    torch.testing.assert_close(actual, expected)
+
+
+def natten_has_sums() -> bool:
+    try:
+        return hasattr(importlib.import_module("natten.functional"), "na2d_av")
+    except ImportError:
+        return False
+
+
+@pytest.mark.skipif(not natten_has_sums(), reason="natten with na2d_av, 0.15 to 0.17, is not installed")
+@pytest.mark.parametrize(("grid", "window"), [case for case in CASES if all(k % 2 for k in case[1])], ids=str)
+def test_natten(grid, window):
+    inputs = make(grid, window, torch.float32)
+    on_natten, on_torch = (
+        results(lambda *t, backend=backend: mixzoo.neighborhood_apply(*t, window, backend=backend), inputs)
+        for backend in ("natten", "torch")
+    )
+    for a, b in zip(on_natten, on_torch, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="run by test_triton_in_its_interpreter")

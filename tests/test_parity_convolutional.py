@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import mixzoo
-from mixzoo.mixers.large_kernel_conv import DilatedConv
 from mixzoo.models.overlock import ContMixBlock, FocusBlock, RepConvBlock
 
 FOLDER = Path(__file__).parent / "parity"
@@ -98,9 +97,11 @@ def test_inception(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("mixer_dilated")])
 def test_large_kernel(name):
     fixture, state, inputs = open_fixture(name)
-    size = fixture["constructor"]["kernel_size"]
-    conv = load_whole(DilatedConv(fixture["constructor"]["channels"], (size, size)), state)
-    assert_agrees(fixture, {"y": conv(inputs["x"])}, inputs)
+    built = fixture["constructor"]
+    mixer = load_whole(
+        mixzoo.create_mixer("large_kernel_conv", built["channels"], kernel_size=built["kernel_size"]), state
+    )
+    assert_agrees(fixture, {"y": nchw(mixer, inputs["x"])}, inputs)
 
 
 def test_rep_conv_block():

@@ -172,6 +172,6 @@ register_layouts(
             "overlock", "LMMMEng/OverLoCK, one ContMix block", ("weight_proj.weight", "weight_value.0.weight"), _CONTMIX
         ),
         Layout("overlock", "LMMMEng/OverLoCK, one RepConv block", ("proj.1.lk_origin.weight", "proj.4.weight"), _REP),
-        Layout("overlock", "LMMMEng/OverLoCK, one large kernel", ("lk_origin.weight",), _DILATED),
+        Layout("overlock", "LMMMEng/OverLoCK, one large kernel", ("lk_origin.weight",), under("", "conv.", _DILATED)),
     ]
 )
