@@ -122,7 +122,9 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     group.add_argument("--tokenizer", metavar="NAME", help="folder, tokenizer.json or hub name; bytes: built in")
-    group.add_argument("--max-length", type=_number(int, 2), metavar="N", help="tokens; longer texts are cut")
+    group.add_argument(
+        "--max-length", "--seq-len", type=_number(int, 2), metavar="N", help="tokens; longer texts are cut"
+    )
     group.add_argument("--text-column", metavar="NAMES", help="column of the text, or two for pairs: a,b")
     group.add_argument("--label-column", metavar="NAME", help="column of the class")
     group.add_argument("--val-data", metavar="FILE", help="chooses the epoch; else 20 %% of the data are held out")

@@ -442,7 +442,7 @@ def test_listops_baselines():
 
 
 def test_listops_runs(tmp_path, capsys):
-    command = ("--data", "listops-200", "--items", 320, 64, 128, "--epochs", 1)
+    command = ("--data", "listops-200", "--items", 320, 64, 128, "--epochs", 1, "--seq-len", 200)
     assert run(*command, output=tmp_path) == 0
     shown = capsys.readouterr().out
     for text in ("majority class", "first token only", "root operator and its digits", "test scores", "128 texts"):
