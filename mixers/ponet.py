@@ -123,8 +123,10 @@ class PoNet(nn.Module):
         if mask is None:
             mean = x.mean(1)
         else:
-            # a sample without a valid token has any finite mean
-            mean = torch.einsum("bn,bnc->bc", mask.to(x.dtype), x) / mask.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+            # a sample without a valid token has any finite mean; half precision may not hold the sum of a long one
+            valid = mask.to(torch.promote_types(x.dtype, torch.float32))
+            shares = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+            mean = torch.einsum("bn,bnc->bc", shares, x)
         g = self.q(mean).unflatten(1, (G, -1))  # (B, G, D)
         reads = torch.einsum("bgd,gdc->bcg", g, self.k.weight.unflatten(0, (G, -1)))
         scores = widen(torch.bmm(x, reads) * math.sqrt(G / C))  # (B, N, G)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mixzoo
 from mixzoo import weights
 from mixzoo.mixers import TOKEN_MIXERS
+from mixzoo.models._text import MeanPool
 from mixzoo.models.text_encoder import HEADS, segments_between
 
 SEQUENCE_MIXERS = [name for name, info in TOKEN_MIXERS.infos().items() if 1 in info.ranks]
@@ -144,6 +145,14 @@ def test_a_text_of_padding_alone_leaves_gradients_finite(name, encoder):
     assert y.isfinite().all()
     y.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_means_of_long_texts_fit_half_precision():
+    x, mask = torch.full((1, 4000, 8), 30, dtype=torch.float16), torch.ones(1, 4000, dtype=torch.bool)
+    mask[:, 3900:] = False
+    assert near(MeanPool(valid=True)(x, mask), x[:, 0], 1e-2)
+    mixer = mixzoo.create_mixer("ponet", 8, rank=1, head_dim=4, dtype=torch.float16)
+    assert mixer(x, mask).isfinite().all()
 
 
 def test_mixers_deaf_to_padding_are_told_of_once(encoder):
