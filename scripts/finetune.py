@@ -131,6 +131,7 @@ def _add_text_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--test-data", metavar="FILE", help="measured once, at the end")
     group.add_argument("--folds", type=_number(int, 2), metavar="K", help="cross-validation: K runs, each on the rest")
     group.add_argument("--group-by", metavar="COLUMN", help="rows of equal value stay on one side")
+    group.add_argument("--sentences", action="store_true", help="are the segments of mixers that have these")
     group.add_argument("--pad", choices=("batch", "max"), help="to the longest of the batch, or to --max-length")
     group.add_argument("--metric", choices=("accuracy", "macro_f1"), help="what picks the best epoch")
     group.add_argument("--items", type=_COUNT, nargs=3, metavar="N", help="of listops: train, val, test")
