@@ -31,6 +31,7 @@ from torch import Tensor
 from ._counting import Values, count, numel
 from ._layers import Linear, is_symbolic
 from ._registry import register_mixer
+from ._tables import widen
 
 
 @count("aten::scatter_reduce", column="other")
@@ -122,13 +123,15 @@ class PoNet(nn.Module):
         if mask is None:
             mean = x.mean(1)
         else:
-            # a sample without a valid token has any finite mean
-            mean = torch.einsum("bn,bnc->bc", mask.to(x.dtype), x) / mask.sum(1, keepdim=True).clamp(min=1).to(x.dtype)
+            # a sample without a valid token has any finite mean; half precision may not hold the sum of a long one
+            valid = mask.to(torch.promote_types(x.dtype, torch.float32))
+            shares = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+            mean = torch.einsum("bn,bnc->bc", shares, x)
         g = self.q(mean).unflatten(1, (G, -1))  # (B, G, D)
         reads = torch.einsum("bgd,gdc->bcg", g, self.k.weight.unflatten(0, (G, -1)))
-        scores = (torch.bmm(x, reads) * math.sqrt(G / C)).float()  # (B, N, G)
+        scores = widen(torch.bmm(x, reads) * math.sqrt(G / C))  # (B, N, G)
         if mask is not None:
-            scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(torch.float32).min)
+            scores = scores.masked_fill(~mask.unsqueeze(-1), torch.finfo(scores.dtype).min)
         return scores.softmax(1)
 
     def _global(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -119,8 +119,10 @@ class MeanPool(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None or not self.valid:
             return x.mean(1)
-        weights = mask.to(x.dtype)
-        return torch.einsum("bn,bnc->bc", weights, x) / weights.sum(1, keepdim=True).clamp(min=1)
+        # half precision may not hold the sum of a long text
+        valid = mask.to(torch.promote_types(x.dtype, torch.float32))
+        shares = (valid / valid.sum(1, keepdim=True).clamp(min=1)).to(x.dtype)
+        return torch.einsum("bn,bnc->bc", shares, x)
 
 
 class ClassHead(nn.Module):

@@ -238,6 +238,10 @@ class TextEncoder(nn.Module):
                 self.mlm.decoder.weight.copy_(word)
         self.tie_embeddings = False
 
+    def takes(self, length: int) -> bool:
+        """Whether sequences of this length can be given; after `set_input_size` they can."""
+        return length == self.max_length or (length < self.max_length and not self._bound)
+
     def set_input_size(self, length: int) -> None:
         """Make this the longest sequence: positions are repeated or cut, mixers with a fixed grid resized.
 
@@ -307,7 +311,7 @@ class TextEncoder(nn.Module):
         if x.ndim != 2 + (embeds is not None) or x.shape[2:] not in ((), (self.num_features,)):
             raise ValueError(f"expected {wanted}, got a tensor of shape {tuple(x.shape)}")
         length = x.shape[1]
-        if length > self.max_length or (self._bound and length != self.max_length):
+        if not self.takes(length):
             most = f"{'exactly' if self._bound else 'at most'} {self.max_length}"
             raise ValueError(
                 f"the sequence has {length} tokens, the model takes {most}: create it with "

@@ -59,6 +59,7 @@ class Contestant:
     channels_last: bool = False
     batch_size: int = 16
     img_size: tuple[int, int] = (224, 224)
+    seq_len: int | None = None
     token_mixer: Any = None
     device: str = "cpu"
     dtype: str = "float32"
@@ -100,7 +101,8 @@ def published_size(name: str) -> tuple[int, int]:
 def build(contestant: Contestant) -> tuple[nn.Module, Tensor]:
     """The contestant's model, in the mode of its step and not compiled, and its first input.
 
-    Images are (B, in_chans, H, W); texts and series have the lengths of their models.
+    Images are (B, in_chans, H, W); texts have ``seq_len`` tokens, by default as many as their models take, and series
+    the length of theirs.
     """
     if contestant.threads:
         torch.set_num_threads(contestant.threads)
@@ -115,7 +117,8 @@ def build(contestant: Contestant) -> tuple[nn.Module, Tensor]:
         return model, torch.randn(contestant.batch_size, model.in_chans, *contestant.img_size).to(**placement)
     from mixzoo.models import example_inputs
 
-    return model, next(iter(example_inputs(model, contestant.batch_size).values()))
+    size = contestant.seq_len if model.modality == "text" else None
+    return model, next(iter(example_inputs(model, contestant.batch_size, size=size).values()))
 
 
 def _build_ours(contestant: Contestant, options: dict[str, Any]) -> nn.Module:
@@ -130,7 +133,10 @@ def _build_ours(contestant: Contestant, options: dict[str, Any]) -> nn.Module:
         options["img_size"] = tuple(contestant.img_size)
     if contestant.token_mixer is not None:
         options["token_mixer"] = contestant.token_mixer
-    return mixzoo.create_model(contestant.name, **options)
+    model = mixzoo.create_model(contestant.name, **options)
+    if contestant.seq_len and spec.modality == "text" and not model.takes(contestant.seq_len):
+        model.set_input_size(contestant.seq_len)
+    return model
 
 
 def _build_timm(contestant: Contestant, options: dict[str, Any]) -> nn.Module:

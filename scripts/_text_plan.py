@@ -109,6 +109,7 @@ text (--task text)
   --folds K --group-by COLUMN is cross-validation over all files together: each text is tested once, in one of K runs,
   and rows of the same COLUMN are never on both sides. Texts in train that stand in test as well are told of.
   --tokenizer is a folder or name of the Hugging Face hub, a tokenizer.json, or bytes, the default, which needs nothing.
+  --sentences makes every sentence a segment, for mixers that have these, as PoNet's authors do with long texts.
   Batches hold texts of similar length. Mixers without masks mix the padding in: --pad max pads alike everywhere.
   Accuracy and macro F1 stand beside the majority class and naive Bayes on words, those of listops beside tables of its
   first token, which get further than most published networks.
@@ -172,6 +173,7 @@ def _described(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     return {
         "files": [args.val_data, args.test_data],
         "columns": [args.text_column, args.label_column, args.group_by],
+        "sentences": args.sentences,
         "classes": job.class_names,
         "fold": [args.fold, args.folds],
         "texts": {name: len(split) for name, split in job.sequences.items()},
@@ -183,7 +185,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--task text needs --data: a file, a folder, or {', '.join(_listops.SIZES)}")
     if args.data in _listops.SIZES:
         args.metric = args.metric or "accuracy"  # the benchmark's
-        clash = ("tokenizer", "text_column", "label_column", "val_data", "test_data", "folds", "group_by")
+        clash = ("tokenizer", "text_column", "label_column", "val_data", "test_data", "folds", "group_by", "sentences")
         given = [f"--{name.replace('_', '-')}" for name in clash if getattr(args, name)]
         if given:
             raise ValueError(f"--data {args.data} is generated as numbers; leave out {', '.join(given)}")
@@ -213,7 +215,7 @@ def _from_files(args: argparse.Namespace, recipe: TextRecipe, start: str) -> tup
     data = load_texts(args.data, columns=columns, val=args.val_data, test=args.test_data, fold=fold, seed=args.seed)
     words = {"vocab_size": tokenizer.size, "pad_token_id": tokenizer.pad_id, "special_ids": tokenizer.special_ids}
     net = _model(args, recipe, start, data.class_names, words, None)
-    sequences, note = _encode(data, tokenizer, net, recipe)
+    sequences, note = _encode(data, tokenizer, net, recipe, args.sentences)
     tested = data.val if data.test is None else data.test
     job = Job(
         name=data.name,
@@ -227,14 +229,17 @@ def _from_files(args: argparse.Namespace, recipe: TextRecipe, start: str) -> tup
 
 
 def _encode(
-    data: TextData, tokenizer: Tokenizer, net: nn.Module, recipe: TextRecipe
+    data: TextData, tokenizer: Tokenizer, net: nn.Module, recipe: TextRecipe, sentences: bool
 ) -> tuple[dict[str, EncodedTexts], str]:
     """The splits as numbers, and what was cut."""
     options = {
         "twin": setting_of(net, "head") == "pairs",
         "typed": (setting_of(net, "type_vocab_size") or 0) > 1 and len(data.train.texts[0]) == 2,
+        "sentences": sentences,
         "pad_to": net.max_length if recipe.pad == "max" else None,
     }
+    if options["twin"] and sentences:
+        raise ValueError("--sentences is for one sequence; MODEL compares two")
     if options["twin"] and len(data.train.texts[0]) != 2:
         raise ValueError("MODEL compares two texts; give --text-column a,b")
     splits = {"train": data.train, "val": data.val} | ({} if data.test is None else {"test": data.test})
@@ -405,7 +410,7 @@ TEXT = Kind(
     options=frozenset(
         (
             *("tokenizer", "max_length", "text_column", "label_column", "val_data", "test_data", "folds", "group_by"),
-            *("pad", "metric", "items", "num_classes", "smoothing", "per_class"),
+            *("sentences", "pad", "metric", "items", "num_classes", "smoothing", "per_class"),
         )
     ),
     presets=PRESETS,

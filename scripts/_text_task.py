@@ -7,9 +7,11 @@ Every result stands beside what needs no network: the commonest class, and, for 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ._runs import leave_signals_to_parent
 from ._tables import Column, text_table
 from ._text_data import Texts
-from ._tokenizers import Tokenizer
+from ._tokenizers import Encoded, Tokenizer
 from ._training import Loaders
 
 # batches among which texts are sorted by length
@@ -33,11 +35,11 @@ class EncodedTexts(Dataset):
 
     Args:
         ids: of every text; for two sequences a tuple of two.
-        types: of every number, or None if the model has no token types.
         pad_id: what fills up. length: that all are filled up to; None for the longest of the batch.
+        extras: more numbers for every word, by the name of the model's argument, such as token_type_ids.
 
     A batch is a dict of ``input_ids`` and ``attention_mask`` (B, N) or, for two sequences, (B, 2, N), ``label`` (B,)
-    and, with types, ``token_type_ids``.
+    and the extras, 0 at padding.
     """
 
     def __init__(
@@ -46,10 +48,10 @@ class EncodedTexts(Dataset):
         labels: Sequence[int],
         pad_id: int,
         *,
-        types: Sequence[np.ndarray] | None = None,
         length: int | None = None,
+        extras: Mapping[str, Sequence[np.ndarray]] | None = None,
     ):
-        self._ids, self._types, self._labels = ids, types, np.asarray(labels, np.int64)
+        self._ids, self._extras, self._labels = ids, extras or {}, np.asarray(labels, np.int64)
         self._pad, self._length = pad_id, length
         self.lengths = np.array([max(map(len, i)) if isinstance(i, tuple) else len(i) for i in ids])
 
@@ -72,33 +74,56 @@ class EncodedTexts(Dataset):
             "input_ids": torch.from_numpy(padded).view(shape),
             "attention_mask": torch.from_numpy(mask).view(shape),
         }
-        if self._types is not None:
-            types = np.zeros((len(items), length), np.int64)
+        for name, values in self._extras.items():
+            filled = np.zeros((len(items), length), np.int64)
             for at, item in enumerate(items):
-                types[at, : len(self._types[item])] = self._types[item]
-            batch["token_type_ids"] = torch.from_numpy(types)
+                filled[at, : len(values[item])] = values[item]
+            batch[name] = torch.from_numpy(filled)
         return batch | {"label": torch.from_numpy(self._labels[items])}
 
 
 def encode(
-    texts: Texts, tokenizer: Tokenizer, max_length: int, *, twin: bool, typed: bool, pad_to: int | None
+    texts: Texts, tokenizer: Tokenizer, max_length: int, *, twin: bool, typed: bool, sentences: bool, pad_to: int | None
 ) -> tuple[EncodedTexts, float]:
     """Texts as numbers, and the share of them that was cut.
 
     Args:
-        twin: two texts stay two sequences, else they are one. typed: give token types.
+        twin: two texts stay two sequences, else they are one. typed: give token types. sentences: give their
+            numbers as segments.
     """
-    ids, types, cut = [], [], 0
+    ids, extras, cut = [], {}, 0
     for text in texts.texts:
-        parts = (
-            [tokenizer.encode([part], max_length) for part in text] if twin else [tokenizer.encode(text, max_length)]
-        )
-        arrays = [np.asarray(part[0], np.int32) for part in parts]
+        sequences = [(part,) for part in text] if twin else [text]
+        parts = [tokenizer.encode(sequence, max_length, places=sentences) for sequence in sequences]
+        arrays = [np.asarray(part.ids, np.int32) for part in parts]
         ids.append(tuple(arrays) if twin else arrays[0])
-        types.append(np.asarray(parts[0][1], np.int8))
-        cut += any(part[2] for part in parts)
-    made = EncodedTexts(ids, texts.labels, tokenizer.pad_id, types=types if typed else None, length=pad_to)
+        if typed:
+            extras.setdefault("token_type_ids", []).append(np.asarray(parts[0].types, np.int8))
+        if sentences:
+            extras.setdefault("segment_ids", []).append(sentence_segments(text, parts[0]))
+        cut += any(part.cut for part in parts)
+    made = EncodedTexts(ids, texts.labels, tokenizer.pad_id, length=pad_to, extras=extras)
     return made, cut / max(len(texts), 1)
+
+
+# a sentence ends with its stops and the quotes and brackets behind them, in Chinese without a space, or with its line
+_SENTENCE_END = re.compile(
+    r"[.!?\u2026]+[\"'\u201d\u2019)\]]*\s+|[\u3002\uff01\uff1f\u2026]+[\"'\u201d\u2019\uff09]*|\n+"
+)
+
+
+def sentence_segments(texts: tuple[str, ...], encoded: Encoded) -> np.ndarray:
+    """Number of the sentence that every word of one text or two begins in; what was added is a segment by itself.
+
+    ``[CLS] One. Two! [SEP]`` gives 0, 1, 1, 2, 2, 3, as PoNet's authors number sentences for long texts.
+    """
+    ends = [[match.end() for match in _SENTENCE_END.finditer(text)] for text in texts]
+    # the text and its sentence, or what no other has
+    keys = [
+        (-1, at) if place is None else (place[0], bisect_right(ends[place[0]], place[1]))
+        for at, place in enumerate(encoded.places)
+    ]
+    return np.cumsum([0, *(a != b for a, b in pairwise(keys))], dtype=np.int32)
 
 
 class LengthBatches(Sampler[list[int]]):

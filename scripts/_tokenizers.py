@@ -7,10 +7,25 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 BYTES = "bytes"
+
+
+class Encoded(NamedTuple):
+    """One text, or two in one list.
+
+    Attributes:
+        ids: numbers. types: for each its token type. cut: whether something was cut off.
+        places: for each the text and its character that it begins at, None for what was added; only if asked for.
+    """
+
+    ids: list[int]
+    types: list[int]
+    cut: bool
+    places: list[tuple[int, int] | None]
 
 
 class Tokenizer(Protocol):
@@ -26,8 +41,12 @@ class Tokenizer(Protocol):
     pad_id: int
     special_ids: tuple[int, ...]
 
-    def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], bool]:
-        """Numbers of one text, or of two in one list; for each the text it is from; whether something was cut off."""
+    def encode(self, texts: Sequence[str], max_length: int, places: bool = False) -> Encoded:
+        """Numbers of one text or two, cut to a length.
+
+        Raises:
+            ValueError: the places were asked for and are not known.
+        """
 
 
 class ByteTokenizer:
@@ -35,18 +54,22 @@ class ByteTokenizer:
 
     name, size, pad_id, special_ids = BYTES, 259, 0, (257, 258)
 
-    def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], bool]:
+    def encode(self, texts: Sequence[str], max_length: int, places: bool = False) -> Encoded:
         cls, sep = self.special_ids
         # cut as bytes: one character has at most four, so the rest of a long text need not be looked at
         parts = [text[:max_length].encode("utf-8", "replace") for text in texts]
         room = max_length - 1 - len(parts)
         kept = _share(list(map(len, parts)), room)
-        ids, types = [cls], [0]
+        ids, types, found = [cls], [0], [None]
         for index, (part, count) in enumerate(zip(parts, kept, strict=True)):
             ids += [byte + 1 for byte in part[:count]] + [sep]
             types += [index] * (count + 1)
+            if places:
+                # the bytes of a character but the first begin with the bits 10
+                seen = accumulate(byte & 0xC0 != 0x80 for byte in part[:count])
+                found += [*((index, number - 1) for number in seen), None]
         cut = any(len(text) > max_length for text in texts) or sum(kept) < sum(map(len, parts))
-        return ids, types, cut
+        return Encoded(ids, types, cut, found if places else [])
 
 
 def _share(lengths: Sequence[int], room: int) -> list[int]:
@@ -75,13 +98,25 @@ class LibraryTokenizer:
         ids = (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)
         self.special_ids = tuple(number for number in ids if number is not None)
 
-    def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], bool]:
+    def encode(self, texts: Sequence[str], max_length: int, places: bool = False) -> Encoded:
+        if places and not self._tokenizer.is_fast:
+            raise ValueError(f"--tokenizer {self.name} does not tell where a word began; give a fast one")
         found = self._tokenizer(
-            *texts, truncation=True, max_length=max_length, return_token_type_ids=True, return_overflowing_tokens=False
+            *texts,
+            truncation=True,
+            max_length=max_length,
+            return_token_type_ids=True,
+            return_overflowing_tokens=False,
+            return_offsets_mapping=places,
         )
         ids = found["input_ids"]
+        at = _places(found.sequence_ids(0), found["offset_mapping"]) if places else []
         # a list of full length has been cut, but for the one in many that just fits
-        return ids, found.get("token_type_ids", [0] * len(ids)), len(ids) >= max_length
+        return Encoded(ids, found.get("token_type_ids", [0] * len(ids)), len(ids) >= max_length, at)
+
+
+def _places(texts: Sequence[int | None], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int] | None]:
+    return [None if text is None else (text, start) for text, (start, _) in zip(texts, offsets, strict=True)]
 
 
 class FileTokenizer:
@@ -104,10 +139,11 @@ class FileTokenizer:
         ids = [self._tokenizer.token_to_id(word) for word in words]
         self.special_ids = tuple(number for number in ids if number is not None)
 
-    def encode(self, texts: Sequence[str], max_length: int) -> tuple[list[int], list[int], bool]:
+    def encode(self, texts: Sequence[str], max_length: int, places: bool = False) -> Encoded:
         self._tokenizer.enable_truncation(max_length)
         found = self._tokenizer.encode(*texts)
-        return found.ids, found.type_ids, bool(found.overflowing)
+        at = _places(found.sequence_ids, found.offsets) if places else []
+        return Encoded(found.ids, found.type_ids, bool(found.overflowing), at)
 
 
 def open_tokenizer(name: str) -> Tokenizer:

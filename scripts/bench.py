@@ -3,14 +3,15 @@
     mixzoo bench poolformer_s12 caformer_s18 --against timm
     mixzoo bench "poolformerv2_*" --train --batch-size 8 --against timm:resnet50 --format markdown
     mixzoo bench metaformer_s12 --token-mixer pooling,pooling,attention,attention --against poolformer_s12
+    mixzoo bench lra_ponet_text --seq-len 512 --against lra_softmax_text
 
 A model, its opponents and a 2048^3 matrix product take turns in every round. Figures are medians over rounds; `ratio`
 is the opponent's time over the model's, above 1 where the model is faster, with its range over rounds; `memory` is the
 opponent's peak over the model's. An opponent from timm runs in both memory formats, NCHW contiguous and channels_last;
-the faster one counts in the closing geometric mean. Texts and series take the place of images in models of these;
-such models are measured at their own lengths. GFLOP/s are 2 MACs an image over the time, three times that for a
-training step; MACs are those of matrix products and convolutions. A ratio r against timm:resnet50 times a published
-ratio q of another implementation's time to resnet50's gives the speed-up r q over that implementation.
+the faster one counts in the closing geometric mean. Texts and series take the place of images in models of these; such
+models are measured at their own lengths, texts also at others. GFLOP/s are 2 MACs an image over the time, three times
+that for a training step; MACs are those of matrix products and convolutions. A ratio r against timm:resnet50 times a
+published ratio q of another implementation's time to resnet50's gives the speed-up r q over that implementation.
 """
 
 from __future__ import annotations
@@ -229,6 +230,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("H", "W"),
         help="default: the size the model was published for",
     )
+    parser.add_argument(
+        "--seq-len", type=_positive, metavar="N", help="tokens of a text (default: as many as the model takes)"
+    )
     parser.add_argument("--rounds", type=_positive, default=7, help="(default: 7)")
     parser.add_argument(
         "--budget",
@@ -261,11 +265,12 @@ def _check(args: argparse.Namespace) -> None:
     for opponent in args.against:
         if opponent != "timm":
             select_models([opponent])
+    sized = [name for name in args.models if not name.startswith(TIMM_PREFIX)]
+    for option, given, modality in (("--img-size", args.img_size, "image"), ("--seq-len", args.seq_len, "text")):
+        other = next((name for name in sized if resolve_name(name)[0].modality != modality), None)
+        if given is not None and other is not None:
+            raise ValueError(f"{option} is for models of {modality}s, which {other} is not")
     if args.img_size is not None:
-        sized = [name for name in args.models if not name.startswith(TIMM_PREFIX)]
-        other = next((name for name in sized if resolve_name(name)[0].modality != "image"), None)
-        if other is not None:
-            raise ValueError(f"--img-size is for models of images, which {other} is not")
         if len(args.img_size) > 2:
             raise ValueError(f"--img-size takes H or H W, not {len(args.img_size)} numbers")
         args.img_size = (args.img_size[0], args.img_size[-1])
@@ -303,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name,
             batch_size=args.batch_size,
             img_size=args.img_size or _measure.published_size(name),
+            seq_len=args.seq_len,
             token_mixer=None if name.startswith(TIMM_PREFIX) else args.token_mixer,
             device=args.device,
             dtype=args.dtype,

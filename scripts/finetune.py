@@ -122,13 +122,16 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
 def _add_text_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("text")
     group.add_argument("--tokenizer", metavar="NAME", help="folder, tokenizer.json or hub name; bytes: built in")
-    group.add_argument("--max-length", type=_number(int, 2), metavar="N", help="tokens; longer texts are cut")
+    group.add_argument(
+        "--max-length", "--seq-len", type=_number(int, 2), metavar="N", help="tokens; longer texts are cut"
+    )
     group.add_argument("--text-column", metavar="NAMES", help="column of the text, or two for pairs: a,b")
     group.add_argument("--label-column", metavar="NAME", help="column of the class")
     group.add_argument("--val-data", metavar="FILE", help="chooses the epoch; else 20 %% of the data are held out")
     group.add_argument("--test-data", metavar="FILE", help="measured once, at the end")
     group.add_argument("--folds", type=_number(int, 2), metavar="K", help="cross-validation: K runs, each on the rest")
     group.add_argument("--group-by", metavar="COLUMN", help="rows of equal value stay on one side")
+    group.add_argument("--sentences", action="store_true", help="are the segments of mixers that have these")
     group.add_argument("--pad", choices=("batch", "max"), help="to the longest of the batch, or to --max-length")
     group.add_argument("--metric", choices=("accuracy", "macro_f1"), help="what picks the best epoch")
     group.add_argument("--items", type=_COUNT, nargs=3, metavar="N", help="of listops: train, val, test")

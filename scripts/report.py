@@ -5,6 +5,7 @@
     mixzoo report "caformer*" --all-tags --format markdown --output table.md
     mixzoo report caformer_s18 --by module --depth 3
     mixzoo report metaformer_s12 --token-mixer pooling,pooling,attention,attention --img-size 256 320
+    mixzoo report "fnet*" "ponet*" --seq-len 128
 
 Parameters are counted with the frozen ones. GMACs are multiply-adds of matrix products and convolutions, transform
 GMACs those of FFTs and the like, other Gops all further operations; `mixzoo.complexity` says how each is counted.
@@ -44,6 +45,8 @@ COUNTED_TOO = {"norm": "norms", "transform": "transforms"}
 DEFAULT_DEPTH = 2
 
 Row = dict[str, Any]
+# (H, W) of an image, or tokens of a text; None for the model's own
+Size = tuple[int, int] | int | None
 
 
 def millions(digits: int) -> Callable[[int], str]:
@@ -91,25 +94,29 @@ PART_COLUMNS = {
 
 
 @functools.cache
-def count(name: str, img_size: tuple[int, int] | None, token_mixer: str | None) -> Complexity:
+def count(name: str, size: Size, token_mixer: str | None) -> Complexity:
     """Count a model or release by name, built without weights.
 
     Args:
         name: ``arch`` or ``arch.tag``.
-        img_size: (H, W) in pixels; None for the model's own.
+        size: pixels or tokens; a model that does not take so many tokens is made to.
         token_mixer: swapped mixers as text, see `parse_spec`.
     """
-    options = {"img_size": img_size, "token_mixer": token_mixer and parse_spec(token_mixer)}
+    pixels = None if isinstance(size, int) else size
+    options = {"img_size": pixels, "token_mixer": token_mixer and parse_spec(token_mixer)}
     with torch.device("meta"):
         model = mixzoo.create_model(name, **options)
-    return mixzoo.complexity(model, img_size)
+        if isinstance(size, int) and not model.takes(size):
+            model.set_input_size(size)
+    return mixzoo.complexity(model, size)
 
 
-def model_row(name: str, img_size: tuple[int, int] | None, token_mixer: str | None) -> Row:
+def model_row(name: str, size: Size, token_mixer: str | None) -> Row:
     """The row of a model or release, beside what was published for the same input and mixers."""
     spec, release_name = resolve_name(name)
     release = RELEASES[release_name] if release_name else Release()
-    size = img_size or (release.input_size[1:] if release_name and spec.modality == "image" else None)
+    if size is None and release_name and spec.modality == "image":
+        size = release.input_size[1:]
     counted = _counted(name, spec, release, size, token_mixer)
     row = {
         "model": name,
@@ -124,8 +131,8 @@ def model_row(name: str, img_size: tuple[int, int] | None, token_mixer: str | No
     notes = [spec.note, release.note]
     if token_mixer is not None:
         notes.append(f"token mixers {token_mixer}")
-    elif release_name and img_size not in (None, release.input_size[1:]):
-        notes.append(f"published for {'x'.join(map(str, release.input_size[1:]))}")
+    elif release_name and (other := _published_for(spec, release, size)):
+        notes.append(f"published for {other}")
     else:
         row |= _published(release)
         notes += _compare(row, counted, release)
@@ -133,9 +140,16 @@ def model_row(name: str, img_size: tuple[int, int] | None, token_mixer: str | No
     return row | {"note": "; ".join(filter(None, notes))}
 
 
-def _counted(
-    name: str, spec: ModelSpec, release: Release, size: tuple[int, int] | None, token_mixer: str | None
-) -> Complexity:
+def _published_for(spec: ModelSpec, release: Release, size: Size) -> str:
+    """What a release was published for, if not for this size; a shorter text leaves the parameters as they are."""
+    if spec.modality == "text":
+        longest = spec.row["max_length"]
+        return f"{longest} tokens" if size is not None and size > longest else ""
+    published = release.input_size[1:]
+    return "x".join(map(str, published)) if size not in (None, published) else ""
+
+
+def _counted(name: str, spec: ModelSpec, release: Release, size: Size, token_mixer: str | None) -> Complexity:
     """`count`, once for the releases that differ in their weights alone."""
     same = (
         other
@@ -317,6 +331,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("filters", nargs="*", metavar="FILTER", help="name or shell pattern; with a dot, of releases")
     parser.add_argument("--all-tags", action="store_true", help="every release of a model, not the default one alone")
     parser.add_argument("--img-size", type=_positive, nargs="+", metavar=("H", "W"), help="default: as released")
+    parser.add_argument("--seq-len", type=_positive, metavar="N", help="tokens of a text (default: the longest)")
     parser.add_argument("--token-mixer", metavar="SPEC", help="swap the mixers: a name, one per stage a,b,c,d, or JSON")
     parser.add_argument("--by", choices=tuple(PART_COLUMNS), help="break one model down by module or by operator")
     parser.add_argument("--depth", type=_positive, metavar="N", help=f"names of a module (default: {DEFAULT_DEPTH})")
@@ -344,6 +359,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--img-size takes a side, or height and width, not {len(args.img_size)} numbers")
     if args.img_size:
         args.img_size = (args.img_size[0], args.img_size[-1])
+    if args.img_size and args.seq_len:
+        raise ValueError("give either --img-size, of images, or --seq-len, of texts")
+    other = next((name for name in args.names if resolve_name(name)[0].modality != "text"), None)
+    if args.seq_len and other is not None:
+        raise ValueError(f"--seq-len is for models of texts, which {other} is not")
+    args.size = args.seq_len or args.img_size
     if args.plot and args.by:
         raise ValueError("--plot compares models; leave out --by")
     if args.plot and (args.img_size or args.token_mixer):
@@ -366,7 +387,7 @@ def _model_rows(args: argparse.Namespace) -> list[Row]:
     gc.freeze()
     try:
         with tqdm(args.names, unit="model", file=sys.stderr, delay=2, leave=False, disable=None) as progress:
-            return [model_row(name, args.img_size, args.token_mixer) for name in progress]
+            return [model_row(name, args.size, args.token_mixer) for name in progress]
     finally:
         gc.unfreeze()
 
@@ -377,7 +398,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check(args)
         if args.by:
-            counted = count(args.names[0], args.img_size, args.token_mixer)
+            counted = count(args.names[0], args.size, args.token_mixer)
             columns, rows = PART_COLUMNS[args.by], part_rows(counted, args.by, args.depth or DEFAULT_DEPTH)
         else:
             columns, rows = MODEL_COLUMNS, _model_rows(args)

@@ -215,6 +215,8 @@ def test_select_models():
         (["timm:resnet19"], r"timm has no model 'resnet19'; did you mean"),
         (["poolformer_s12", "--against", "timn"], r"'timn'"),
         (["poolformer_s12", "--img-size", "1", "2", "3"], r"--img-size"),
+        (["poolformer_s12", "--seq-len", "64"], r"--seq-len is for models of texts, which poolformer_s12 is not"),
+        (["lra_fnet_text", "--img-size", "64"], r"--img-size is for models of images, which lra_fnet_text is not"),
         (["poolformer_s12", "--batch-size", "0"], r"--batch-size"),
         (["poolformer_s12", "--token-mixer", "[1"], r"not valid JSON"),
         (["poolformer_s12", "--token-mixer", "poolin"], r"'poolin'.*'pooling'"),
@@ -257,3 +259,11 @@ def test_texts_and_series_are_measured_too(name, train):
     model, x = _measure.build(_measure.Contestant(name, batch_size=2, train=train, threads=1))
     assert x.shape[0] == 2
     _measure.make_step(model, x, train=train)()
+
+
+@pytest.mark.parametrize(("mixer", "length"), [(None, 64), (None, 3000), ("spatial_fc", 64)])
+def test_texts_are_as_long_as_asked_for(mixer, length):
+    contestant = _measure.Contestant("lra_fnet_listops", batch_size=2, token_mixer=mixer, seq_len=length, threads=1)
+    model, x = _measure.build(contestant)
+    assert x.shape == (2, length)
+    _measure.make_step(model, x, train=False)()

@@ -1,4 +1,4 @@
-"""mixzoo finetune --task text: files, leaks, folds, tokenisers, batches, scores, baselines, ListOps, resumption."""
+"""mixzoo finetune --task text: files, leaks, folds, tokenisers, batches, scores, baselines, resumption."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 
 import mixzoo
 from mixzoo.models._registry import MODELS, ModelSpec
-from mixzoo.scripts import _listops, _training, finetune
-from mixzoo.scripts._listops import SIZES, VOCABULARY, Expressions, Size, generate, listops
+from mixzoo.models.text_encoder import TextEncoder
+from mixzoo.scripts import _training, finetune
 from mixzoo.scripts._text_data import Columns, Texts, load_texts
 from mixzoo.scripts._text_task import (
     EncodedTexts,
@@ -25,6 +25,7 @@ from mixzoo.scripts._text_task import (
     TextClassification,
     f1_of,
     scores_of,
+    sentence_segments,
     word_baselines,
 )
 from mixzoo.scripts._tokenizers import ByteTokenizer, open_tokenizer
@@ -167,9 +168,9 @@ def test_every_text_is_tested_in_one_fold_and_groups_stay_whole(tmp_path):
 
 def test_bytes_are_shifted_framed_and_cut():
     tokenizer = ByteTokenizer()
-    ids, types, cut = tokenizer.encode(["aé"], 64)
+    ids, types, cut, _ = tokenizer.encode(["aé"], 64)
     assert (ids, types, cut) == ([257, 98, 0xC3 + 1, 0xA9 + 1, 258], [0] * 5, False)
-    ids, types, cut = tokenizer.encode(["a" * 9, "bb"], 10)
+    ids, types, cut, _ = tokenizer.encode(["a" * 9, "bb"], 10)
     assert ids == [257, *[98] * 5, 258, 99, 99, 258]
     assert types == [0] * 7 + [1] * 3
     assert cut
@@ -189,10 +190,12 @@ def test_tokenizer_of_a_file(tmp_path):
     made.save(str(tmp_path / "tokenizer.json"))
     tokenizer = open_tokenizer(str(tmp_path))
     assert (tokenizer.size, tokenizer.pad_id, tokenizer.special_ids) == (6, 0, (2, 3))
-    assert tokenizer.encode(["lake gale x"], 8) == ([2, 4, 5, 1, 3], [0] * 5, False)
+    assert tokenizer.encode(["lake gale x"], 8) == ([2, 4, 5, 1, 3], [0] * 5, False, [])
     assert tokenizer.encode(["lake", "gale"], 8)[:2] == ([2, 4, 3, 5, 3], [0, 0, 0, 1, 1])
-    ids, _, cut = tokenizer.encode(["lake " * 20], 8)
+    ids, _, cut, _ = tokenizer.encode(["lake " * 20], 8)
     assert (len(ids), cut) == (8, True)
+    places = tokenizer.encode(["lake gale", "x"], 8, places=True).places
+    assert places == [None, (0, 0), (0, 5), None, (1, 0), None]
 
 
 def test_tokenizer_of_transformers(tmp_path):
@@ -206,6 +209,22 @@ def test_tokenizer_of_transformers(tmp_path):
     assert (tokenizer.size, tokenizer.pad_id, tokenizer.special_ids) == (7, 0, (2, 3))
     assert tokenizer.encode(["lake gale"], 9)[0] == [2, 5, 6, 3]
     assert tokenizer.encode(["lake", "gale"], 9)[:2] == ([2, 5, 3, 6, 3], [0, 0, 0, 1, 1])
+    places = tokenizer.encode(["lake gale", "lake"], 9, places=True).places
+    assert places == [None, (0, 0), (0, 5), None, (1, 0), None]
+
+
+def test_sentences_are_segments():
+    def of(*texts: str, length: int = 64) -> list[int]:
+        return sentence_segments(texts, ByteTokenizer().encode(texts, length, places=True)).tolist()
+
+    assert of("A. B") == [0, 1, 1, 1, 2, 3]
+    # stops inside words, quotes behind stops, lines
+    assert of('1.5 "A." b\nc') == [0, *[1] * 9, *[2] * 2, 3, 4]
+    assert of("é! é", length=9) == [0, 1, 1, 1, 1, 2, 2, 3]
+    assert of("一。二") == [0, *[1] * 6, *[2] * 3, 3]
+    # two texts share no sentence, and a cut text ends where it is cut
+    assert of("a", "b") == [0, 1, 2, 3, 4]
+    assert of("A. B. C. D", length=8) == [0, 1, 1, 1, 2, 2, 2, 3]
 
 
 def test_padding_fills_up_and_is_masked():
@@ -215,6 +234,9 @@ def test_padding_fills_up_and_is_masked():
     assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     assert batch["label"].tolist() == [0, 1]
     assert EncodedTexts([np.array([5])], [0], 9, length=4)[0]["input_ids"].tolist() == [5, 9, 9, 9]
+    extras = {"segment_ids": [np.array([0, 1, 1]), np.array([2])]}
+    batch = EncodedTexts([np.array([5, 6, 7]), np.array([8])], [1, 0], 9, extras=extras).__getitems__([1, 0])
+    assert batch["segment_ids"].tolist() == [[2, 0, 0], [0, 1, 1]]
     pair = EncodedTexts([(np.array([5, 6]), np.array([7]))], [0], 9).__getitems__([0])
     assert pair["input_ids"].tolist() == [[[5, 6], [7, 9]]]
 
@@ -340,6 +362,22 @@ def test_folds_are_run_and_told_of_together(weather, tmp_path, capsys):
     assert (tmp_path / "fold2" / "last.pt").read_bytes() == last
 
 
+def test_sentences_reach_the_mixers(weather, tmp_path, monkeypatch, capsys):
+    segments, forward = [], TextEncoder.forward
+
+    def spying(self, input_ids, attention_mask=None, token_type_ids=None, segment_ids=None, **rest):
+        segments.append(segment_ids)
+        return forward(self, input_ids, attention_mask, token_type_ids, segment_ids, **rest)
+
+    monkeypatch.setattr(TextEncoder, "forward", spying)
+    command = ("--data", weather, "--sentences", "--epochs", 1, "--seq-len", 64, "--set", "dim=32")
+    assert run(*command, output=tmp_path / "run", model="lra_ponet_text") == 0
+    assert all(given is not None and given.max() == 2 for given in segments)
+    with pytest.raises(SystemExit):
+        run(*command, output=tmp_path / "other", model="lra_fnet_text")
+    assert "segment_ids was given, but no mixer of the model uses it: fourier" in capsys.readouterr().err
+
+
 def test_pairs_are_joined_typed_or_two_sequences(tmp_path):
     rows = rows_of(40)
     pairs = [
@@ -361,88 +399,8 @@ def test_pairs_are_joined_typed_or_two_sequences(tmp_path):
     assert set(shapes) == {(2, False), (2, True), (3, False)}
 
 
-def value_of(tokens: list[str]) -> int:
-    """The value of an expression, by its definition."""
-    token = tokens.pop(0)
-    if token.isdigit():
-        return int(token)
-    values = []
-    while tokens[0] != "]":
-        values.append(value_of(tokens))
-    tokens.pop(0)
-    values.sort()
-    middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-    return {"[MIN": values[0], "[MAX": values[-1], "[MED": int(middle), "[SM": sum(values) % 10}[token]
-
-
-def draw_one(rng: random.Random, depth: int, max_depth: int) -> tuple[list[str], int]:
-    """Naive twin: one tree by recursion; tokens and depth."""
-    if depth < max_depth and rng.random() <= 0.25:
-        parts = [draw_one(rng, depth + 1, max_depth) for _ in range(rng.randint(2, 10))]
-        operator = rng.choice(["[MIN", "[MAX", "[MED", "[SM"])
-        return [operator, *(t for part, _ in parts for t in part), "]"], max(d for _, d in parts)
-    return [str(rng.randint(0, 9))], depth
-
-
-def test_listops_values_follow_their_definition():
-    drawn = generate(SIZES["listops-200"], 300, seed=1)
-    assert len({drawn[i].tobytes() for i in range(300)}) == 300
-    for i in range(300):
-        tokens = [VOCABULARY[t] for t in drawn[i]]
-        assert 20 < len(tokens) < 200
-        assert value_of(tokens) == drawn.labels[i]
-        assert not tokens  # nothing behind the last bracket
-    again = generate(SIZES["listops-200"], 300, seed=1)
-    assert np.array_equal(drawn.tokens, again.tokens)
-    assert not np.array_equal(drawn.tokens[:50], generate(SIZES["listops-200"], 300, seed=2).tokens[:50])
-
-
-def test_listops_is_distributed_as_the_naive_twin():
-    size = Size(5, 60, 5)
-    drawn = generate(size, 4000, seed=0)
-    rng, twin = random.Random(0), []
-    while len(twin) < 4000:
-        tokens, depth = draw_one(rng, 1, size.max_depth)
-        if size.shortest < len(tokens) < size.longest:
-            twin.append((len(tokens), VOCABULARY.index(tokens[0]), value_of(list(tokens)), depth))
-    twin = np.array(twin)
-    lengths = np.diff(drawn.starts)
-    roots = np.array([drawn[i][0] for i in range(4000)])
-    opens = [(drawn[i] >= 11) & (drawn[i] < 15) for i in range(4000)]
-    depths = [int((np.cumsum(o) - np.cumsum(drawn[i] == 15)).max()) + 1 for i, o in enumerate(opens)]
-    # short expressions repeat and count once: some tenths of a percent, below the noise
-    for ours, theirs in ((lengths, twin[:, 0]), (roots, twin[:, 1]), (drawn.labels, twin[:, 2])):
-        values = np.unique(np.concatenate([ours, theirs]))
-        a, b = ((ours[:, None] <= values).mean(0), (theirs[:, None] <= values).mean(0))
-        assert np.abs(a - b).max() < 1.95 * np.sqrt(2 / 4000)  # Kolmogorov-Smirnov, 0.1 %
-    assert abs(np.mean(depths) - twin[:, 3].mean()) < 0.1
-
-
-def test_listops_statistics_are_those_of_the_benchmark():
-    drawn = generate(SIZES["listops"], 3000, seed=0)
-    lengths = np.diff(drawn.starts)
-    assert lengths.min() > 500
-    assert lengths.max() < 2000
-    assert abs(lengths.mean() - 1040) < 30
-    assert ((drawn.tokens >= 11) & (drawn.tokens < 15)).mean() == pytest.approx(0.142, abs=0.002)
-    shares = np.bincount(drawn.labels, minlength=10) / 3000
-    assert shares[[0, 9]] == pytest.approx(0.17, abs=0.025)
-    assert ((shares[1:9] > 0.06) & (shares[1:9] < 0.11)).all()
-
-
-def test_listops_baselines():
-    train, val, test = listops("listops-500", items=(6000, 10, 4000), seed=0)
-    assert (len(train), len(val), len(test)) == (6000, 10, 4000)
-    found = {name: (guess == test.labels).mean() for name, guess in _listops.baselines(train, test).items()}
-    assert found["majority class"] == pytest.approx(0.17, abs=0.02)
-    assert found["first token only"] == pytest.approx(0.367, abs=0.025)
-    assert found["root operator and its digits"] == pytest.approx(0.47, abs=0.025)
-    nested = Expressions(np.array([12, 11, 1, 2, 15, 4, 15], np.uint8), np.array([0, 7]), np.array([3]))
-    assert _listops._first_arguments(nested[0]) == (1, 3)
-
-
 def test_listops_runs(tmp_path, capsys):
-    command = ("--data", "listops-200", "--items", 320, 64, 128, "--epochs", 1)
+    command = ("--data", "listops-200", "--items", 320, 64, 128, "--epochs", 1, "--seq-len", 200)
     assert run(*command, output=tmp_path) == 0
     shown = capsys.readouterr().out
     for text in ("majority class", "first token only", "root operator and its digits", "test scores", "128 texts"):
@@ -460,6 +418,7 @@ BAD = [
     (("--data", "WEATHER", "--tokenizer", "missing/tokenizer.json"), "missing/tokenizer.json"),
     (("--data", "WEATHER", "--items", "3", "3", "3"), "--items"),
     (("--data", "listops", "--folds", "3"), "leave out --folds"),
+    (("--data", "listops", "--sentences"), "leave out --sentences"),
     (("--data", "listops-200", "--items", "64", "8", "8", "--max-length", "64"), "up to 199 tokens"),
     (("--data", "WEATHER", "--num-classes", "1"), "--num-classes 1"),
     (("--data", "WEATHER", "--horizon", "3"), "--horizon is no option of --task text"),

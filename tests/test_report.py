@@ -185,6 +185,22 @@ def test_other_sizes_and_mixers_stand_without_published_figures(capsys):
     assert row["macs"] == rows(capsys, "identityformer_s12")[0]["macs"] + 2 * (4 * 49 * 512**2 + 2 * 49**2 * 512)
 
 
+def test_texts_of_another_length(capsys):
+    (own,), (short,), (long,) = (
+        rows(capsys, "fnet_base", *argv) for argv in ([], ["--seq-len", "128"], ["--seq-len", "1024"])
+    )
+    assert [row["input"] for row in (own, short, long)] == ["512", "128", "1024"]
+    assert short["parameters"] == own["parameters"] == long["parameters"] - 512 * 768
+    assert short["params_difference"] == 0
+    assert long["published_params_m"] is None
+    assert long["note"] == "published for 512 tokens"
+    # of an encoder, but for what comes once a text
+    dense = 12 * 8 * 768**2 + 2 * 768**2 + 768 * 32000
+    assert short["macs"] - 128 * dense == own["macs"] - 512 * dense == 768**2 + 768 * 2
+    (bound,) = rows(capsys, "seqformer_s", "--token-mixer", "spatial_fc", "--seq-len", "64")
+    assert bound["input"] == "64"
+
+
 def test_random_mixers_of_another_size(capsys):
     (row,) = rows(capsys, "randformer_s12", "--img-size", "64")
     assert row["frozen_parameters"] == 6 * 16**2 + 2 * 4**2
@@ -237,6 +253,8 @@ def test_plot_needs_matplotlib(capsys, tmp_path, monkeypatch):
         ([SMALL, "--img-size", "1", "2", "3"], "--img-size takes a side"),
         ([SMALL, "--img-size", "0"], "must be at least 1, not 0"),
         ([SMALL, "--img-size", "2"], "too small"),
+        ([SMALL, "fnet_base", "--seq-len", "64"], f"--seq-len is for models of texts, which {SMALL} is not"),
+        (["fnet_base", "--img-size", "64", "--seq-len", "64"], "give either --img-size"),
         ([SMALL, "--token-mixer", "no_such_mixer"], "no token mixer named 'no_such_mixer'"),
         ([SMALL, "--token-mixer", "[1"], "not valid JSON"),
         ([SMALL, "--plot", "plot.txt"], "--plot must end in"),

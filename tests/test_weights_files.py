@@ -52,7 +52,7 @@ def test_safetensors_and_npz_are_told_by_content(tmp_path):
     assert read(tmp_path / "a.bin").metadata == {"k": "v"}
 
 
-@pytest.mark.parametrize("nesting", ["model", "state_dict", "model_ema", "state_dict_ema"])
+@pytest.mark.parametrize("nesting", ["model", "state_dict", "model_ema", "state_dict_ema", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
 def test_nestings_and_prefixes(tmp_path, nesting, prefix):
     path = tmp_path / "last.pth.tar"

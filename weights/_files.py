@@ -25,7 +25,7 @@ from torch import Tensor
 FORMAT = "mixzoo"
 # where training scripts put the weights, in timm's order of preference: averaged weights come first because they are
 # the ones that were evaluated and published
-NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
+NESTINGS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict")
 # names of weights on the Hub, the safe format first
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # what DistributedDataParallel and torch.compile put before every key

@@ -63,7 +63,7 @@ def load_checkpoint(model: nn.Module, source: str | os.PathLike | Mapping[str, A
 
     The grid, the input channels and the classifier are adapted to the model, and token mixers that were swapped when it
     was created keep their values. Everything else must fit, or nothing is loaded. Of a training checkpoint the averaged
-    weights are taken (``state_dict_ema``, ``model_ema``), then ``state_dict``, then ``model``.
+    weights are taken (``state_dict_ema``, ``model_ema``), then ``state_dict``, ``model``, or ``model_state_dict``.
 
     Args:
         model: a model, block or mixer of this library, before it is wrapped for feature extraction.

@@ -7,9 +7,13 @@ with other values than the embeddings' gets one too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..models._registry import Release, register_releases
+from ._folders import register_config
 from ._rules import Layout, register_layouts, under
-from .fnet import ENCODER, HEADS
+from .fnet import ENCODER, HEADS, encoder_options
 
 register_releases(
     {
@@ -109,3 +113,16 @@ register_layouts(
         Layout("lra", "one PoNet mixer of the Long Range Arena harness", ("W_segment.weight",), _LRA_PONET),
     ]
 )
+
+
+def options_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the model ``ponet_base_uncased`` from a ``config.json`` of the Hub's form."""
+    mixer = {
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
+        "special_pooling": config.get("clsgsepg", True),
+    }
+    return encoder_options("PoNet", config) | {"token_mixer": ("ponet", mixer)}
+
+
+# v1.0 says "bert"
+register_config("ponet", "ponet_base_uncased", options_of_config)
