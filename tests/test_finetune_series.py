@@ -191,6 +191,26 @@ def test_files_that_are_no_series_are_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("a,b\n")
     with pytest.raises(ValueError, match="no rows"):
         read_series(tmp_path / "empty.csv")
+    (tmp_path / "semicolons.csv").write_text("a;b\n1;2\n")
+    with pytest.raises(ValueError, match="separated by commas, the first line has ';'"):
+        read_series(tmp_path / "semicolons.csv")
+    (tmp_path / "clock.csv").write_text("timestamp,a\n1577836800,1\n1577840400,2\n")
+    with pytest.raises(ValueError, match=r"timestamp is '1577836800' in line 2, no date.*--columns"):
+        read_series(tmp_path / "clock.csv")
+    assert read_series(tmp_path / "clock.csv", columns=["a"]).values.tolist() == [[1], [2]]
+
+
+def test_an_index_without_a_heading_is_no_channel(tmp_path):
+    (tmp_path / "frame.csv").write_text(",a\n0,5\n1,6\n2,7\n")
+    series = read_series(tmp_path / "frame.csv")
+    assert (series.columns, series.values.tolist()) == (("a",), [[5], [6], [7]])
+    assert "counts rows" in series.note
+    (tmp_path / "dated.csv").write_text(",a\n2020-01-01 00:00,5\n2020-01-01 01:00,6\n")
+    assert (read_series(tmp_path / "dated.csv").columns, read_series(tmp_path / "dated.csv").freq) == (("a",), "h")
+    (tmp_path / "both.csv").write_text(",date,a\n0,2020-01-01,5\n1,2020-01-02,6\n")
+    assert (read_series(tmp_path / "both.csv").columns, read_series(tmp_path / "both.csv").freq) == (("a",), "d")
+    (tmp_path / "values.csv").write_text(",a\n3,5\n1,6\n")
+    assert read_series(tmp_path / "values.csv").columns == ("", "a")
 
 
 def test_splits_are_those_of_the_protocol():
