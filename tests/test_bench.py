@@ -257,3 +257,11 @@ def test_texts_and_series_are_measured_too(name, train):
     model, x = _measure.build(_measure.Contestant(name, batch_size=2, train=train, threads=1))
     assert x.shape[0] == 2
     _measure.make_step(model, x, train=train)()
+
+
+def test_series_are_measured_with_their_time_marks():
+    model, x = _measure.build(_measure.Contestant("timemixer_etth1_96_96", batch_size=2, threads=1))
+    seen = []
+    model.marks.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    _measure.make_step(model, x, train=False)()
+    assert seen[0] == (96, 2, 4)
