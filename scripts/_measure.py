@@ -160,17 +160,27 @@ def _mean(output: Any) -> Tensor:
     return torch.stack([_mean(value) for value in values]).sum()
 
 
+def other_inputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What a model gets besides its first input: the time marks of a series."""
+    if getattr(model, "modality", "image") != "series":
+        return {}
+    from mixzoo.models import example_inputs
+
+    _, *others = example_inputs(model, len(x)).items()
+    return dict(others)
+
+
 def make_step(model: nn.Module, x: Tensor, *, train: bool, compile: bool = False) -> Step:
-    """The step of a model on its input, see the head of this module."""
-    run = torch.compile(model) if compile else model
+    """The step of a model on its inputs, see the head of this module."""
+    run, others = torch.compile(model) if compile else model, other_inputs(model, x)
 
     def infer() -> None:
         with torch.inference_mode():
-            run(x)
+            run(x, **others)
 
     def learn() -> None:
         model.zero_grad(set_to_none=True)
-        _mean(run(x)).backward()
+        _mean(run(x, **others)).backward()
 
     return learn if train else infer
 

@@ -113,7 +113,7 @@ def read_series(path: str | Path, *, columns: Sequence[str] | None = None, date_
     """Read a CSV file.
 
     Args:
-        columns: the channels to take; None for every column but the dates.
+        columns: the channels to take; None for every column but the dates and an unnamed index.
         date_column: heading of the dates; None for the first column that is called or looks like them, if there is one.
 
     Raises:
@@ -123,12 +123,18 @@ def read_series(path: str | Path, *, columns: Sequence[str] | None = None, date_
     path = Path(path)
     header, rows, lines = _read_csv(path)
     at = _date_column(path, header, rows, date_column)
-    chosen = [i for i in range(len(header)) if i != at]
+    numbered = at != 0 and _counts_rows(header, rows)
+    chosen = [i for i in range(numbered, len(header)) if i != at]
     if columns is not None:
         unknown = [name for name in columns if name not in header]
         if unknown:
             raise ValueError(f"--columns {unknown[0]}: {path} has {', '.join(header)}")
         chosen = [header.index(name) for name in columns]
+    elif at is None and (clock := next((i for i in chosen if header[i].lower() in _DATES), None)) is not None:
+        raise ValueError(
+            f"--data {path}: {header[clock]} is {rows[0][clock]!r} in line {lines[0]}, no date such as "
+            "2020-01-31 10:00; write dates, or name the channels by --columns"
+        )
     if not chosen:
         raise ValueError(f"--data {path} has no column of values")
     values = _numbers(path, [header[i] for i in chosen], [[row[i] for i in chosen] for row in rows], lines)
@@ -136,6 +142,8 @@ def read_series(path: str | Path, *, columns: Sequence[str] | None = None, date_
     if at is not None:
         dates = _dates(path, header[at], [row[at] for row in rows], lines)
         step, note = _step(dates, lines)
+    if numbered:
+        note = "; ".join(filter(None, ("the unnamed column counts rows and is left out", note)))
     return Series(path.stem, tuple(header[i] for i in chosen), values, dates, step, note)
 
 
@@ -156,6 +164,8 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
         raise ValueError(f"--data {path} is no CSV file: {error}") from None
     if not rows:
         raise ValueError(f"--data {path} has no rows")
+    if len(header) == 1 and (separator := next((mark for mark in ";\t|" if mark in header[0]), None)):
+        raise ValueError(f"--data {path}: columns must be separated by commas, the first line has {separator!r}")
     if len(set(header)) < len(header):
         raise ValueError(f"--data {path}: a heading stands twice in {', '.join(header)}")
     ragged = [line for row, line in zip(rows, lines, strict=True) if len(row) != len(header)]
@@ -164,6 +174,11 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
     if all(_is_number(name) for name in header):
         raise ValueError(f"--data {path}: the first line must be a header, found numbers")
     return header, rows, lines
+
+
+def _counts_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+    """Whether the first column is an index without a heading, 0, 1, 2, ... or 1, 2, 3, ..., as pandas writes it."""
+    return not header[0] and any(all(row[0] == str(i) for i, row in enumerate(rows, start)) for start in (0, 1))
 
 
 def _is_number(text: str) -> bool:

@@ -209,7 +209,8 @@ def _report(outcome: Outcome, data: ForecastData, args: argparse.Namespace) -> s
     trainer, task = outcome.trainer, outcome.trainer.task
     result, anchors = task.summarize(outcome.measured), anchors_of(data)
     scores = scores_of(data, anchors)
-    name = trainer.net.config["model"]
+    # without the release that a name stands for: these are weights of this run
+    name = trainer.net.config["model"].partition(".")[0]
     lines = [
         f"test errors of {trainer.folder.best} on {len(outcome.measured['mse'])} windows of {data.horizon} steps, "
         f"scaled (epoch {trainer.best[1]}, the best one on val):",
@@ -231,9 +232,8 @@ def _pool(plans: Sequence[Plan], outcomes: Sequence[Outcome]) -> str:
     """Mean and standard deviation of the runs beside the anchors, which have none."""
     data = plans[0].data
     values = [plan.task.summarize(outcome.measured) for plan, outcome in zip(plans, outcomes, strict=True)]
-    rows = [
-        {"name": plans[0].net.config["model"], **{name: spread([v[name] for v in values], 4) for name in values[0]}}
-    ]
+    model = plans[0].net.config["model"].partition(".")[0]
+    rows = [{"name": model, **{name: spread([v[name] for v in values], 4) for name in values[0]}}]
     for title, scores in scores_of(data, anchors_of(data)).items():
         rows.append({"name": title, **{name: f"{value:.4f}" for name, value in scores.items()}})
     columns = [Column("name", "forecast", left=True), Column("mse", "MSE"), Column("mae", "MAE")]

@@ -114,7 +114,7 @@ def _gmacs(model: nn.Module, x: Tensor) -> tuple[float, dict[str, float]]:
     """10^9 multiply-adds of matrix products and convolutions for one sample, in all and by module."""
     import mixzoo
 
-    counted = mixzoo.complexity(model, inputs=x[:1])
+    counted = mixzoo.complexity(model, inputs=(x[:1], *_measure.other_inputs(model, x[:1]).values()))
     return counted.macs / 1e9, {name: counts.macs / 1e9 for name, counts in counted.by_module.items()}
 
 

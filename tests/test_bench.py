@@ -267,3 +267,11 @@ def test_texts_are_as_long_as_asked_for(mixer, length):
     model, x = _measure.build(contestant)
     assert x.shape == (2, length)
     _measure.make_step(model, x, train=False)()
+
+
+def test_series_are_measured_with_their_time_marks():
+    model, x = _measure.build(_measure.Contestant("timemixer_etth1_96_96", batch_size=2, threads=1))
+    seen = []
+    model.marks.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    _measure.make_step(model, x, train=False)()
+    assert seen[0] == (96, 2, 4)
