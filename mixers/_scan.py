@@ -10,7 +10,7 @@ Time is cut into blocks of T steps, and the same step of K blocks is one operati
 are carried on by P_k = exp(A sum dt), and blocks run again from the states they enter with. A batch runs in slices.
 Only exponentials of numbers below zero occur, so that any decay and any length are safe. The backward pass keeps the
 states that enter blocks and makes the others anew; nothing of size (L, D, N) lives between the passes. Arithmetic is in
-float32, or float64 where the inputs are, also under autocast.
+float32, or float64 where the inputs are, also under autocast. On CUDA a kernel in Triton does the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from torch import Tensor
 
 from ._counting import Values, count, numel, shape
 from ._tables import island, widen
+from ._triton import has_kernels_for
+
+BACKENDS = ("torch", "triton")
 
 # most steps of a block, whose entering states are all that is kept
 _STEPS = 32
@@ -168,19 +171,21 @@ def _slices(u: Tensor, A: Tensor) -> list[slice]:
     return [slice(i, i + size) for i in range(0, u.shape[0], size)] or [slice(None)]
 
 
-# the operator; a kernel registered for a device takes the place of the functions above there
-
-
 @torch.library.custom_op("mixzoo::selective_scan", mutates_args=())
-def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, triton: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence on channels-last sequences of one floating-point dtype.
 
     Args:
         u, dt: (B, L, D). A: (D, N). B, C: (B, L, G, N).
+        triton: whether by the kernel in Triton, see `has_kernels_for`.
 
     Returns:
         y (B, L, D), the last state (B, D, N), and the states that enter blocks, (B, blocks_of(L), D, N).
     """
+    if triton and u.numel():
+        from . import _scan_triton as kernels
+
+        return kernels.forward(*(t.contiguous() for t in (u, dt, A, B, C)), _STEPS)
     parts = _slices(u, A)
     if len(parts) == 1:
         return _forward(u, dt, A, B, C)
@@ -189,9 +194,13 @@ def scan(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor
 
 @torch.library.custom_op("mixzoo::selective_scan_backward", mutates_args=())
 def scan_backward(
-    dy: Tensor, dlast: Tensor, entered: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+    dy: Tensor, dlast: Tensor, entered: Tensor, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, triton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, dt, A, B, C from those of y and of the last state."""
+    if triton and u.numel():
+        from . import _scan_triton as kernels
+
+        return kernels.backward(*(t.contiguous() for t in (dy, dlast, entered, u, dt, A, B, C)), _STEPS)
     parts = _slices(u, A)
     if len(parts) == 1:
         return _backward(dy, dlast, entered, u, dt, A, B, C)
@@ -201,24 +210,25 @@ def scan_backward(
 
 
 @scan.register_fake
-def _(u, dt, A, B, C):
+def _(u, dt, A, B, C, triton):
     batch, length, _ = u.shape
     states = A.shape
     return u.new_empty(u.shape), u.new_empty(batch, *states), u.new_empty(batch, blocks_of(length), *states)
 
 
 @scan_backward.register_fake
-def _(dy, dlast, entered, u, dt, A, B, C):
+def _(dy, dlast, entered, u, dt, A, B, C, triton):
     return tuple(t.new_empty(t.shape) for t in (u, dt, A, B, C))
 
 
 def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs, output[2])
+    ctx.save_for_backward(*inputs[:-1], output[2])
+    ctx.triton = inputs[-1]
 
 
 def _differentiate(ctx, dy: Tensor, dlast: Tensor, _entered: Tensor):
     *inputs, entered = ctx.saved_tensors
-    return scan_backward(dy, dlast, entered, *inputs)
+    return *scan_backward(dy, dlast, entered, *inputs, ctx.triton), None
 
 
 scan.register_autograd(_differentiate, setup_context=_keep)
@@ -272,6 +282,8 @@ def selective_scan(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    *,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The selective scan, exact, for any length and decay; see the module's docstring.
 
@@ -285,14 +297,24 @@ def selective_scan(
         delta_bias: ``(D,)``, added to delta.
         delta_softplus: whether the step is the softplus of delta; otherwise delta must not be negative.
         return_last_state: return ``(y, h_L)``, the second ``(B, D, N)``.
+        backend: "torch"; "triton", which needs a CUDA device; None for Triton where it can run, and torch elsewhere.
+            Both agree.
 
     Returns:
         y ``(B, D, L)`` in the dtype of u. It can be differentiated once.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or an unknown backend. RuntimeError: a backend that cannot run here.
     """
     _check(u, delta, A, B, C)
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
+    triton = backend != "torch" and has_kernels_for(u)
+    if backend == "triton" and not triton:
+        raise RuntimeError(
+            "backend 'triton' needs the package triton, and inputs of at most 32 bits on a CUDA device; these are "
+            f"{u.dtype} on {u.device}"
+        )
     with island(u):
         x, dt, decay = widen(u), widen(delta), widen(A)
         if delta_bias is not None:
@@ -303,7 +325,7 @@ def selective_scan(
         if any(groups % (t.shape[1] if t.ndim == 4 else 1) for t in (B, C)):
             raise ValueError(f"the groups of B and C must divide each other, got {tuple(B.shape)} and {tuple(C.shape)}")
         reads = [_by_step(widen(t), x, groups).to(x.dtype) for t in (B, C)]
-        y, last, _ = scan(x.mT, dt.mT.to(x.dtype), decay.to(x.dtype), *reads)
+        y, last, _ = scan(x.mT, dt.mT.to(x.dtype), decay.to(x.dtype), *reads, triton)
         y = y.mT
         if D is not None:
             y = torch.addcmul(y, x, D.to(y.dtype).unsqueeze(-1))
