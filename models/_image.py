@@ -35,7 +35,49 @@ class MlpHead(nn.Module):
         return self.fc2(self.drop(self.norm(self.act(self.fc1(x)))))
 
 
-class ClassifierHead(nn.Module):
+class ImageHead(nn.Module):
+    """Abstract head of an `ImageBackbone`: ``global_pool`` and classifier ``fc``, ``(B, C, H, W) -> (B, classes)``.
+
+    A head also has ``norm``, which maps of features can have by themselves, and takes ``pre_logits``.
+
+    Args:
+        dim: channels that the classifier reads.
+        global_pool: timm's pooling names that keep the channels; "" keeps the map.
+    """
+
+    norm: nn.Module
+
+    def __init__(self, dim: int, global_pool: str):
+        super().__init__()
+        self.dim = dim
+        self.global_pool = self._pool(global_pool)
+
+    @staticmethod
+    def _pool(global_pool: str) -> SelectAdaptivePool2d:
+        pool = SelectAdaptivePool2d(pool_type=global_pool)
+        if pool.feat_mult() != 1:
+            raise ValueError(
+                f"global_pool={global_pool!r} changes the number of channels, which the head does not allow"
+            )
+        return pool
+
+    @abstractmethod
+    def classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
+        """A fresh classifier for at least one class."""
+
+    @abstractmethod
+    def remove_norm(self) -> None:
+        """Leave maps as they are."""
+
+    def reset(self, num_classes: int, global_pool: str | None = None, device=None, dtype=None) -> None:
+        """New classifier, none for 0 classes, and new pooling unless ``global_pool`` is None."""
+        if global_pool is not None:
+            self.global_pool = self._pool(global_pool)
+        self.fc = self.classifier(num_classes, device, dtype) if num_classes else nn.Identity()
+        self.train(self.training)
+
+
+class ClassifierHead(ImageHead):
     """Norm, pooling and classifier in either order: ``(B, C, H, W) -> (B, classes)``.
 
     Args:
@@ -62,41 +104,24 @@ class ClassifierHead(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
         if kind not in ("linear", "mlp"):
             raise ValueError(f"head must be 'linear' or 'mlp', not {kind!r}")
-        self.dim = dim
+        super().__init__(dim, global_pool)
+        dd = {"device": device, "dtype": dtype}
         self.kind = kind
         self.norm_first = norm_first
         self.drop_rate = drop_rate
-        self.global_pool = self._pool(global_pool)
         self.norm = make_norm(norm, dim, eps=norm_eps, **dd)
         # the MLP head drops between its layers, as its authors do
         self.drop = nn.Dropout(drop_rate if kind == "linear" else 0.0)
-        self.fc = self._classifier(num_classes, **dd)
+        self.reset(num_classes, **dd)
 
-    @staticmethod
-    def _pool(global_pool: str) -> SelectAdaptivePool2d:
-        pool = SelectAdaptivePool2d(pool_type=global_pool)
-        if pool.feat_mult() != 1:
-            raise ValueError(f"global_pool={global_pool!r} changes the number of channels; the norm does not allow it")
-        return pool
-
-    def _classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
+    def classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
+        """One linear layer, or the MLP."""
         dd = {"device": device, "dtype": dtype}
-        if num_classes == 0:
-            return nn.Identity()
         if self.kind == "mlp":
             return MlpHead(self.dim, num_classes, drop=self.drop_rate, **dd).apply(init_linear)
         return nn.Linear(self.dim, num_classes, **dd).apply(init_linear)
-
-    def reset(self, num_classes: int, global_pool: str | None = None, device=None, dtype=None) -> None:
-        """New classifier, and new pooling unless ``global_pool`` is None."""
-        if global_pool is not None:
-            self.global_pool = self._pool(global_pool)
-        self.fc = self._classifier(num_classes, device, dtype)
-        self.train(self.training)
 
     def remove_norm(self) -> None:
         """Leave maps as they are."""
@@ -181,7 +206,7 @@ class ImageBackbone(nn.Module):
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module
-    head: ClassifierHead
+    head: ImageHead
 
     def __init__(self, *, in_chans: int, num_classes: int, num_features: int, img_size: int | Sequence[int]):
         super().__init__()

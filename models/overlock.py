@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +26,7 @@ from ..mixers._conv_parts import LinearNorm, normed
 from ..mixers._layers import Linear
 from ..mixers._registry import specs_per_block, split_spec
 from ..mixers.contmix import RelativeBias
-from ._image import ImageBackbone, check_image, init_linear, init_linear_and_conv, to_size
+from ._image import ImageBackbone, ImageHead, check_image, init_linear, init_linear_and_conv, to_size
 from ._overlock_blocks import ContMixBlock as ContMixBlock  # not in the network: the authors' block by itself
 from ._overlock_blocks import FocusBlock, RepConvBlock
 from ._registry import register_models
@@ -135,7 +134,7 @@ class FocusStage(nn.Module):
         return self.map(x.permute(0, 3, 1, 2)), seen
 
 
-class ProjectedHead(nn.Module):
+class ProjectedHead(ImageHead):
     """Linear layer, batch norm and SiLU, pooling and classifier: ``(B, C, H, W) -> (B, classes)``.
 
     Args:
@@ -156,35 +155,18 @@ class ProjectedHead(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(hidden, global_pool)
         dd = {"device": device, "dtype": dtype}
-        self.dim = hidden
         self.proj = LinearNorm(dim, hidden, **dd)
         self.act = nn.SiLU()
-        self.global_pool = self._pool(global_pool)
         self.drop = nn.Dropout(drop_rate)
-        self.fc = self._classifier(num_classes, **dd)
+        self.reset(num_classes, **dd)
         # the last norm of the map is the projection's, and so not one that a map of features can have by itself
         self.norm = nn.Identity()
 
-    @staticmethod
-    def _pool(global_pool: str) -> SelectAdaptivePool2d:
-        pool = SelectAdaptivePool2d(pool_type=global_pool)
-        if pool.feat_mult() != 1:
-            raise ValueError(f"global_pool={global_pool!r} changes the number of channels")
-        return pool
-
-    def _classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
+    def classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
+        """One linear layer."""
         return nn.Linear(self.dim, num_classes, device=device, dtype=dtype).apply(init_linear)
-
-    def reset(self, num_classes: int, global_pool: str | None = None, device=None, dtype=None) -> None:
-        """New classifier, and new pooling unless ``global_pool`` is None."""
-        if global_pool is not None:
-            self.global_pool = self._pool(global_pool)
-        self.fc = self._classifier(num_classes, device, dtype)
-        self.train(self.training)
 
     def remove_norm(self) -> None:
         """Leave maps as they are."""

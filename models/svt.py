@@ -20,14 +20,14 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import ConvNormAct, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.layers import ConvNormAct, calculate_drop_path_rates
 from torch import Tensor
 
 from ..mixers import CHANNEL_MIXERS, TOKEN_MIXERS
 from ..mixers._channel_mlp import ChannelMlp
 from ..mixers._registry import specs_per_block
 from ._hierarchical import HierarchicalBackbone, stage_groups
-from ._image import check_image, init_linear
+from ._image import ImageHead, check_image, init_linear
 from ._registry import register_models
 from .block import MetaFormerBlock
 from .metaformer import MetaFormerStage
@@ -142,7 +142,7 @@ class TokenLabelClassifier(nn.Module):
         return logits if self.aux is None else logits + 0.5 * self.aux(tokens).amax(1)
 
 
-class ClassTokenHead(nn.Module):
+class ClassTokenHead(ImageHead):
     """Class token, norm and classifier over the last map: ``(B, C, H, W) -> (B, classes)``.
 
     Args:
@@ -166,35 +166,18 @@ class ClassTokenHead(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
+        super().__init__(dim, global_pool)
         dd = {"device": device, "dtype": dtype}
-        self.dim = dim
         self.token_label = token_label
-        self.global_pool = self._pool(global_pool)
         self.class_block = ClassBlock(dim, head_dim, ratio, **dd)
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.drop = nn.Dropout(drop_rate)
-        self.fc = self._classifier(num_classes, **dd)
+        self.reset(num_classes, **dd)
 
-    @staticmethod
-    def _pool(global_pool: str) -> SelectAdaptivePool2d:
-        pool = SelectAdaptivePool2d(pool_type=global_pool)
-        if pool.feat_mult() != 1:
-            raise ValueError(f"global_pool={global_pool!r} changes the number of channels; the norm does not allow it")
-        return pool
-
-    def _classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
+    def classifier(self, num_classes: int, device=None, dtype=None) -> nn.Module:
+        """Of the class token and, with ``token_label``, of positions."""
         dd = {"device": device, "dtype": dtype}
         return TokenLabelClassifier(self.dim, num_classes, self.token_label, **dd).apply(init_linear)
-
-    def reset(self, num_classes: int, global_pool: str | None = None, device=None, dtype=None) -> None:
-        """New classifier, and new pooling unless ``global_pool`` is None."""
-        if global_pool is not None:
-            self.global_pool = self._pool(global_pool)
-        self.fc = self._classifier(num_classes, device, dtype)
-        self.train(self.training)
 
     def remove_norm(self) -> None:
         """Leave maps as they are: neither the norm nor the class token is learned any more."""
