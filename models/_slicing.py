@@ -16,7 +16,7 @@ from ..mixers._layers import is_symbolic
 
 # hidden bytes of one slice: larger than what matrix products need to run at full speed, smaller than a CPU's last cache
 SLICE_BYTES = 8 * 2**20
-# positions of one slice at least: oneDNN rearranges the weights anew for every slice
+# positions of one slice at least, if the maps have fewer channels: oneDNN rearranges the weights anew for every slice
 SLICE_POSITIONS = 600
 
 
@@ -42,7 +42,8 @@ def run_sliced(blocks: nn.Sequential, x: Tensor, hidden: int) -> Tensor:
     if is_symbolic(x) or x.device.type != "cpu":
         return blocks(x)
     positions = x.shape[1:-1].numel()
-    size = max(SLICE_BYTES // (positions * hidden * x.element_size()), -(-SLICE_POSITIONS // positions))
+    fewest = -(-max(SLICE_POSITIONS, x.shape[-1]) // positions)
+    size = max(fewest, SLICE_BYTES // (positions * hidden * x.element_size()))
     if size >= x.shape[0] or _observed(blocks) or _mixes_batch(blocks):
         return blocks(x)
     return torch.cat([blocks(part) for part in x.tensor_split(-(-x.shape[0] // size))])
