@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,18 @@ def test_linear_is_the_linear_map_of_torch(shape, bias):
         strict=True,
     ):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_linear_reaches_onednn_whatever_the_threads(threads, request):
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        Linear(32, 64)(torch.randn(2, 400, 32)).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::mkldnn_convolution" in names
+    assert not [name for name in names if "slow_conv" in name]
 
 
 def test_star_relu_is_its_formula_up_to_second_derivatives():

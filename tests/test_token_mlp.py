@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import mixzoo
 from mixzoo.mixers.raft import BicubicResize
-from mixzoo.models.raftmlp import ScaledPatches
+from mixzoo.models.raftmlp import RaftMLPBlock, ScaledPatches
 
 FLOAT64 = {"dtype": torch.float64}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -40,7 +41,7 @@ def assert_twins(fast, naive, x: Tensor) -> None:
         results.append([y, *torch.autograd.grad((y * r).sum(), [leaf, *parameters])])
     tolerance = TOLERANCE[x.dtype]
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.detach().abs().max()))
 
 
 def layer(module: nn.Linear, x: Tensor) -> Tensor:
@@ -95,6 +96,18 @@ def test_raft(raft_size, weight_grid, grid, dtype):
     options = {"raft_size": raft_size, "weight_grid": weight_grid}
     mixer = drawn(mixzoo.create_mixer("raft", 12, grid_size=grid, **options, dtype=dtype))
     assert_twins(mixer, lambda x: naive_raft(mixer, x), torch.randn(2, *grid, 12, dtype=dtype))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="without oneDNN biases are copied")
+@pytest.mark.parametrize(("raft_size", "copies"), [(1, 0), (2, 2), (4, 2)])
+def test_a_raft_block_gathers_its_rafts_and_copies_no_map_besides(raft_size, copies):
+    block = RaftMLPBlock(8, weight_grid=(32, 32), token_mixer=("raft", {"raft_size": raft_size}))
+    x = torch.randn(2, 32, 32, 8)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.inference_mode(), torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        block(x)
+    copied = [event.input_shapes[0] for event in profile.events() if event.name == "aten::copy_"]
+    assert sum(math.prod(shape) >= x.numel() for shape in copied) == copies
 
 
 @pytest.mark.parametrize("kernels", [(4,), (4, 8), (2, 4, 8)])
