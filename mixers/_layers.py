@@ -14,12 +14,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
+from torch.nn.modules import module as _module
 from torch.utils.flop_counter import register_flop_formula
 
 
 def is_symbolic(x: Tensor) -> bool:
     """Whether ``x`` stands for any tensor, in a graph being captured, so that Python must not branch on its shape."""
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def observed(module: nn.Module) -> bool:
+    """Whether a hook would see the parts of a batch that ``module`` were given one by one."""
+    if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
+        return True
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
 
 
 def undecayed(model: nn.Module) -> set[str]:

@@ -18,7 +18,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import DILATION, Dropout, by_convolution, by_samples, check_grid, make_activation, resample
+from ._layers import (
+    DILATION,
+    Dropout,
+    by_convolution,
+    by_samples,
+    check_grid,
+    is_symbolic,
+    make_activation,
+    observed,
+    resample,
+)
 from ._registry import register_mixer
 
 # what a report says of weights over tokens that were resampled to another grid
@@ -131,6 +141,8 @@ class TokenMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_grid(x, self.grid_size, "mlp")
         tokens = x.flatten(1, -2)  # (B, N, C)
+        if not is_symbolic(x) and observed(self):
+            return self._mix(tokens).reshape(x.shape)
         return by_samples(self._mix, tokens, self.fc1.out_features * x.shape[-1]).reshape(x.shape)
 
     def _mix(self, tokens: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules import module as _module
 
-from ..mixers._layers import is_symbolic
+from ..mixers._layers import is_symbolic, observed
 
 # hidden bytes of one slice: larger than what matrix products need to run at full speed, smaller than a CPU's last cache
 SLICE_BYTES = 8 * 2**20
@@ -20,15 +19,15 @@ SLICE_BYTES = 8 * 2**20
 SLICE_POSITIONS = 600
 
 
-def _observed(module: nn.Module) -> bool:
-    """Whether a hook would see the slices."""
-    if _module._global_forward_hooks or _module._global_forward_pre_hooks or _module._global_backward_hooks:
-        return True
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
-
-
 def _mixes_batch(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in module.modules())
+
+
+def samples_per_slice(x: Tensor, hidden: int) -> int:
+    """How many samples of ``x`` a slice should have, see `run_sliced`."""
+    positions = x.shape[1:-1].numel()
+    fewest = -(-max(SLICE_POSITIONS, x.shape[-1]) // positions)
+    return max(fewest, SLICE_BYTES // (positions * hidden * x.element_size()))
 
 
 def run_sliced(blocks: nn.Sequential, x: Tensor, hidden: int) -> Tensor:
@@ -41,9 +40,7 @@ def run_sliced(blocks: nn.Sequential, x: Tensor, hidden: int) -> Tensor:
     """
     if is_symbolic(x) or x.device.type != "cpu":
         return blocks(x)
-    positions = x.shape[1:-1].numel()
-    fewest = -(-max(SLICE_POSITIONS, x.shape[-1]) // positions)
-    size = max(fewest, SLICE_BYTES // (positions * hidden * x.element_size()))
-    if size >= x.shape[0] or _observed(blocks) or _mixes_batch(blocks):
+    size = samples_per_slice(x, hidden)
+    if size >= x.shape[0] or observed(blocks) or _mixes_batch(blocks):
         return blocks(x)
     return torch.cat([blocks(part) for part in x.tensor_split(-(-x.shape[0] // size))])

@@ -216,14 +216,14 @@ def test_slices_of_the_batch_change_nothing(image_kind, small, monkeypatch):
     model = small(image_kind).train()
     x = images(model.img_size)
     results = []
-    for slice_bytes in (1, 2**40):
-        monkeypatch.setattr(_slicing, "SLICE_BYTES", slice_bytes)
+    for size in (1, 2**40):
+        monkeypatch.setattr(_slicing, "samples_per_slice", lambda x, hidden, size=size: size)
         results.append(values_and_gradients(model, model, {"x": x}))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_see_whole_batches(image_kind, small, monkeypatch):
-    monkeypatch.setattr(_slicing, "SLICE_BYTES", 1)
+    monkeypatch.setattr(_slicing, "samples_per_slice", lambda x, hidden: 1)
     model = small(image_kind)
     x = images(model.img_size)
     expected, seen = model(x), []

@@ -14,6 +14,7 @@ from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 
 import mixzoo
+from mixzoo.mixers import _layers
 from mixzoo.mixers.raft import BicubicResize
 from mixzoo.models.raftmlp import RaftMLPBlock, ScaledPatches
 
@@ -87,6 +88,16 @@ def test_token_mixers(name, grid, dtype):
     mixer = drawn(mixzoo.create_mixer(name, 12, rank=len(grid), grid_size=grid, hidden=10, dtype=dtype))
     naive = {"mlp": naive_token_mlp, "nin_gating": naive_nin_gating}[name]
     assert_twins(mixer, lambda x: naive(mixer, x), torch.randn(3, *grid, 12, dtype=dtype))
+
+
+def test_token_mlps_mix_slices_of_the_batch_unless_a_hook_would_see_them(monkeypatch):
+    monkeypatch.setattr(_layers, "SLICE_ELEMENTS", 1)
+    mixer = drawn(mixzoo.create_mixer("mlp", 12, grid_size=(5, 7), dtype=torch.float64))
+    x, seen = torch.randn(3, 5, 7, 12, **FLOAT64), []
+    assert_twins(mixer, lambda x: naive_token_mlp(mixer, x), x)
+    mixer.fc1.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
+    mixer(x)
+    assert seen == [3]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
