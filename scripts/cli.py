@@ -14,6 +14,7 @@ COMMANDS = {
     "finetune": "train a model on your data, from scratch or from released weights",
     "bench": "throughput and memory, alone or against other models",
     "convert": "checkpoints of the authors to safetensors, and back",
+    "onnx": "graphs for other runtimes, checked against the model",
     "timm-suite": "run timm's own test-suite on the models of the zoo",
 }
 
