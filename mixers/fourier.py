@@ -27,9 +27,6 @@ from ._layers import is_symbolic
 from ._registry import register_mixer
 from ._tables import exporting, island, table, widen
 
-# values of a slice of the batch whose spectrum stays in the cache of a CPU's core
-_SLICE = 2**18
-
 
 def _cosines(n: int, device) -> Tensor:
     return angles(n, n, device).cos()
@@ -60,14 +57,16 @@ def _by_fft(x: Tensor) -> Tensor:
     return torch.cat([half, rest], -1)
 
 
-def _fill_by_fft(x: Tensor, y: Tensor) -> None:
-    """`_by_fft`, written into ``y``."""
+def _by_fft_in_place(x: Tensor) -> Tensor:
+    """`_by_fft` with fewer copies."""
     C, grid = x.shape[-1], tuple(range(1, x.ndim - 1))
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     y[..., : C // 2 + 1] = torch.fft.rfftn(x, dim=(*grid, x.ndim - 1)).real
     half, rest = y[..., 1 : (C + 1) // 2], y[..., C // 2 + 1 :]
     # the position 0 of an axis is its own opposite, the others change places
     for corner in product((slice(0, 1), slice(1, None)), repeat=len(grid)):
         rest[(slice(None), *corner)] = half[(slice(None), *corner)].flip(*grid, -1)
+    return y
 
 
 class _Fourier(torch.autograd.Function):
@@ -75,11 +74,7 @@ class _Fourier(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        size = max(1, _SLICE // max(1, x[:1].numel()) if x.is_cpu else len(x))
-        for start in range(0, len(x), size):
-            _fill_by_fft(x[start : start + size], y[start : start + size])
-        return y
+        return _by_fft_in_place(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

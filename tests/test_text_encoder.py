@@ -171,6 +171,7 @@ def test_mixers_deaf_to_padding_are_told_of_once(encoder):
 
 
 @pytest.mark.parametrize("name", SEQUENCE_MIXERS)
+@pytest.mark.filterwarnings("ignore:a token MLP was resampled")
 def test_encoders_take_any_mixer_of_sequences(name, encoder):
     options = {"head_dim": 8} if "head_dim" in TOKEN_MIXERS[name].options else {}
     model = encoder("lra_softmax_image", token_mixer=(name, options))
