@@ -96,12 +96,6 @@ def test_exported_form_equals_the_recurrence(length, groups, monkeypatch):
     assert_equal(mixzoo.selective_scan(**inputs, return_last_state=True), expected)
 
 
-def test_exported_programs_stand_alone():
-    mixer = mixzoo.create_mixer("selective_token", 8).eval()
-    program = torch.export.export(mixer, (torch.randn(1, 3, 4, 8),))
-    assert "mixzoo" not in program.graph_module.code
-
-
 @pytest.mark.parametrize("scale", [1e-3, 20.0, 1e4])
 def test_any_decay_is_safe(scale):
     inputs = make(70, 1, scale)

@@ -186,13 +186,6 @@ def test_weighted_sum_is_well_behaved(count):
     assert torch.autograd.gradcheck(lambda w, *m: weighted_sum(list(m), w), (weights, *maps))
 
 
-def test_exported_programs_stand_alone():
-    model, x = small(), torch.randn(1, 3, 64, 32)
-    program = torch.export.export(model, (x,))
-    assert "mixzoo" not in program.graph_module.code
-    torch.testing.assert_close(program.module()(x), model(x))
-
-
 def test_swapped_token_mixers():
     model = small(token_mixer=["pooling", "identity", "spatial_fc", "attention"])
     assert model(images(64, 64)).shape == (2, 5)
