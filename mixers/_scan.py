@@ -244,6 +244,41 @@ def _count(inputs: Values, _outputs: Values) -> dict[str, int]:
     return {"transform": 2 * elements, "other": 3 * elements}
 
 
+def _composed(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Of torch's own operators alone, for programs that leave this process: steps are composed by twos, fours, ..."""
+    groups = B.shape[2]
+    dts = dt.unflatten(2, (groups, -1)).unsqueeze(-1)  # (B, L, G, H, 1)
+    a = torch.exp(dts * A.unflatten(0, (groups, -1)))  # (B, L, G, H, N)
+    h = dts * u.unflatten(2, (groups, -1)).unsqueeze(-1) * B.unsqueeze(3)
+    steps = 1
+    while steps < u.shape[1]:
+        h = torch.cat([h[:, :steps], h[:, steps:] + a[:, steps:] * h[:, :-steps]], 1)
+        a = torch.cat([a[:, :steps], a[:, steps:] * a[:, :-steps]], 1)
+        steps *= 2
+    return torch.matmul(h, C.unsqueeze(-1)).flatten(2), h[:, -1].flatten(1, 2)
+
+
+def recurrence(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """y and the last state of `scan`, by a backend of `selective_scan`.
+
+    Raises:
+        ValueError, RuntimeError: a backend that does not exist, or cannot run here.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
+    if torch.compiler.is_exporting():
+        return _composed(u, dt, A, B, C)
+    triton = backend != "torch" and has_kernels_for(u)
+    if backend == "triton" and not triton:
+        raise RuntimeError(
+            "backend 'triton' needs the package triton, and inputs of at most 32 bits on a CUDA device; these are "
+            f"{u.dtype} on {u.device}"
+        )
+    return scan(u, dt, A, B, C, triton)[:2]
+
+
 def _by_step(x: Tensor, u: Tensor, groups: int) -> Tensor:
     """B or C as ``(B, L, groups, N)``: given by group, by all channels, or for all steps ``(D, N)``."""
     if x.ndim == 2:
@@ -307,14 +342,6 @@ def selective_scan(
         ValueError: shapes that do not fit, or an unknown backend. RuntimeError: a backend that cannot run here.
     """
     _check(u, delta, A, B, C)
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, not {backend!r}")
-    triton = backend != "torch" and has_kernels_for(u)
-    if backend == "triton" and not triton:
-        raise RuntimeError(
-            "backend 'triton' needs the package triton, and inputs of at most 32 bits on a CUDA device; these are "
-            f"{u.dtype} on {u.device}"
-        )
     with island(u):
         x, dt, decay = widen(u), widen(delta), widen(A)
         if delta_bias is not None:
@@ -325,7 +352,7 @@ def selective_scan(
         if any(groups % (t.shape[1] if t.ndim == 4 else 1) for t in (B, C)):
             raise ValueError(f"the groups of B and C must divide each other, got {tuple(B.shape)} and {tuple(C.shape)}")
         reads = [_by_step(widen(t), x, groups).to(x.dtype) for t in (B, C)]
-        y, last, _ = scan(x.mT, dt.mT.to(x.dtype), decay.to(x.dtype), *reads, triton)
+        y, last = recurrence(x.mT, dt.mT.to(x.dtype), decay.to(x.dtype), *reads, backend)
         y = y.mT
         if D is not None:
             y = torch.addcmul(y, x, D.to(y.dtype).unsqueeze(-1))

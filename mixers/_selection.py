@@ -18,9 +18,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor
 
 from ._depthwise import depthwise_conv
-from ._scan import scan
+from ._scan import recurrence
 from ._tables import island, widen
-from ._triton import has_kernels_for
 
 
 def _inverse_softplus(x: Tensor) -> Tensor:
@@ -78,8 +77,7 @@ class SelectiveScans(nn.Module):
             if valid is not None:
                 dt = dt * valid.unsqueeze(-1)
             A = -torch.exp(self.A_log.to(u.dtype))
-            sequences = u.flatten(2), dt.flatten(2), A.flatten(0, 1), B.to(u.dtype), C.to(u.dtype)
-            y, _, _ = scan(*sequences, has_kernels_for(u))
+            y, _ = recurrence(u.flatten(2), dt.flatten(2), A.flatten(0, 1), B.to(u.dtype), C.to(u.dtype))
             y = torch.addcmul(y.unflatten(2, x.shape[2:]), u, self.D.to(u.dtype))
         return y.to(x.dtype)
 

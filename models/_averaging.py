@@ -77,6 +77,13 @@ def _count(inputs: Values, outputs: Values) -> int:
     return (2 * numel(inputs[1]) - 1) * numel(outputs[0])
 
 
+def _average(maps: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """`weighted_sum`, or the same of torch's own operators alone, for programs that leave this process."""
+    if not torch.compiler.is_exporting():
+        return weighted_sum(maps, weights)
+    return sum(x * weight for x, weight in zip(maps, weights.to(maps[0].dtype).unbind(), strict=True))
+
+
 class Chain:
     """A run of residual branches, each on a weighted sum of the chain's input and all results so far.
 
@@ -94,7 +101,7 @@ class Chain:
         """Result of the last of ``branches``, the next ones of the chain, each with its kind."""
         y = None
         for kind, branch in branches:
-            x = weighted_sum([*self.earlier["token"], *self.earlier["channel"]], self.weights[self.done])
+            x = _average([*self.earlier["token"], *self.earlier["channel"]], self.weights[self.done])
             y = checkpoint(branch, x, use_reentrant=False) if self.recompute else branch(x)
             self.earlier[kind].append(y)
             self.done += 1

@@ -87,6 +87,15 @@ def test_equals_the_recurrence(plan, length, groups, monkeypatch):
     assert_equal(*(gradients(outputs, list(inputs.values())) for outputs in (results, expected)))
 
 
+@pytest.mark.parametrize("length", [1, 2, 13])
+@pytest.mark.parametrize("groups", [1, 3, None])
+def test_exported_form_equals_the_recurrence(length, groups, monkeypatch):
+    inputs = make(length, groups)
+    expected = step_by_step(**inputs)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert_equal(mixzoo.selective_scan(**inputs, return_last_state=True), expected)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 20.0, 1e4])
 def test_any_decay_is_safe(scale):
     inputs = make(70, 1, scale)
