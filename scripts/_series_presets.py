@@ -36,6 +36,19 @@ class ForecastRecipe(Recipe):
 
 # kwuking/TimeMixer at 8d230b7, scripts: its marks are hourly ones whatever the data
 _TIMEMIXER = ForecastRecipe(epochs=10, batch_size=128, lr=1e-2, schedule="one-cycle", warmup=2.0, patience=10, freq="h")
+# granite-tsfm at 412573a, the notebook that starts from scratch
+_PATCHTSMIXER = ForecastRecipe(
+    models=("patchtsmixer_*",),
+    epochs=100,
+    batch_size=32,
+    lr=1e-4,
+    optimizer="adamw",
+    schedule="linear",
+    grad_clip=1.0,
+    patience=5,
+    min_gain=1e-3,
+    context=512,
+)
 # (preset, start): "scratch", or "tuned" from weights; the first one whose pattern fits is that of a model
 PRESETS: dict[tuple[str, str], ForecastRecipe] = {
     # a tenth of the published rate, which the author advises too; no marks: the published code gives most rows those of
@@ -68,19 +81,26 @@ PRESETS: dict[tuple[str, str], ForecastRecipe] = {
         _TIMEMIXER, models=("timemixer_solar*",), batch_size=32, lr=1e-3, patience=3
     ),
     ("timemixer-pems", "scratch"): replace(_TIMEMIXER, models=("timemixer_pems*",), batch_size=32, lr=3e-3, loss="mae"),
-    # granite-tsfm at 412573a, the notebook that starts from scratch
-    ("patchtsmixer", "scratch"): ForecastRecipe(
-        models=("patchtsmixer*",),
-        epochs=100,
-        batch_size=32,
-        lr=1e-4,
-        optimizer="adamw",
-        schedule="linear",
-        grad_clip=1.0,
-        patience=5,
-        min_gain=1e-3,
-        context=512,
+    # ten times the published rate: seed 0 gets to 0.691 on val of ETTh1 in 3 epochs, and to 0.697 in 8 of the published
+    # settings, which fell still; on ETTh2 to 0.213 in 4, and to 0.214 in 9
+    ("patchtsmixer", "scratch"): replace(
+        _PATCHTSMIXER,
+        models=("patchtsmixer",),
+        epochs=6,
+        batch_size=64,
+        lr=1e-3,
+        schedule="one-cycle",
+        warmup=1.2,
+        patience=None,
+        ema=0.995,
+        evidence=(
+            "mixzoo finetune patchtsmixer --data ETTh1.csv --horizon 96 --repeat 3: MSE 0.3719 ± 0.0005, MAE\n"
+            "0.3996 ± 0.0001 (published 0.368, 0.398); ETTh2.csv: 0.2799 ± 0.0021, 0.3434 ± 0.0020 (0.276, 0.337);\n"
+            "2 minutes of one thread a run"
+        ),
     ),
+    # the published settings
+    ("patchtsmixer-notebook", "scratch"): _PATCHTSMIXER,
     # no settings were published; width, depth and look-back are the model's own
     ("tsm2", "scratch"): ForecastRecipe(
         models=("tsm2*",), epochs=8, batch_size=64, lr=5e-4, optimizer="adamw", weight_decay=0.01, patience=3

@@ -475,6 +475,8 @@ def test_several_seeds_are_told_of_together(waves, tmp_path, capsys):
 def test_presets_follow_the_model():
     assert preset_for("timemixer", "scratch") == "timemixer"
     assert preset_for("timemixer_etth2_96_96", "scratch") == "timemixer-etth2"
+    assert preset_for("patchtsmixer", "scratch") == "patchtsmixer"
+    assert preset_for("patchtsmixer_etth1_p8_512_96", "scratch") == "patchtsmixer-notebook"
     assert preset_for("tiny_forecaster", "scratch") == "series"
     assert preset_for("", "tuned") == "series"
 
@@ -513,4 +515,4 @@ def test_a_model_of_the_zoo_learns_and_is_saved(name, waves, tmp_path, capsys):
     model = mixzoo.load(tmp_path / "best.safetensors").eval()
     assert ("past_time_features" in model.forward_inputs) == (name == "timemixer")
     assert model(torch.zeros(2, 24, CHANNELS)).shape == (2, 8, CHANNELS)
-    assert json.loads((tmp_path / "run.json").read_text())["preset"] == name.partition("_")[0]
+    assert json.loads((tmp_path / "run.json").read_text())["preset"] == preset_for(name, "scratch")
