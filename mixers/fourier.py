@@ -8,8 +8,8 @@ No parameters. Runs in float32 or wider and returns the input's dtype. Values gr
 tokens of 768 channels, and a sum over a constant map by N C, so float16 maps want norm="ortho"; bfloat16 ones do not.
 
 y[n, k] equals y[-n, -k] for real x, so one real transform gives half of the channels and the others are copies; F is
-symmetric, so the backward pass is the forward one. On a CPU that is 1.5 to 2.5 times faster than the complex FFT.
-Exported graphs hold matrix products in place of the FFT.
+symmetric, so the backward pass is the forward one. On one thread of a CPU that is 1.3 (512 tokens) to 2.3 times
+(16384) as fast as the complex FFT. Exported graphs hold matrix products in place of the FFT.
 """
 
 from __future__ import annotations
