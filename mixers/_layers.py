@@ -64,9 +64,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` computed by `linear`. Shapes: ``(..., C) -> (..., C')``."""
+    """`torch.nn.Linear` computed by `linear`. Shapes: ``(..., C) -> (..., C')``.
+
+    Where an evaluated model is asked for the gradient of its input, sums are rounded as torch's own layer rounds them:
+    max-pooling downstream then breaks near-ties, which route whole gradients, as the published implementations do.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not is_symbolic(x) and x.requires_grad and not self.training:
+            return F.linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias)
 
 
