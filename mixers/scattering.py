@@ -17,8 +17,8 @@ along the width, with matrices of every row r of coefficients; the first half go
 convolution; the output interleaves both halves. Runs in float32 or wider and returns the input's dtype.
 
 The transform is two products with dense matrices each way, see `_dtcwt_cells`. The network is one real product a group
-and layer on [re | im]. On a CPU a batch goes through in slices that stay in its cache. All of it takes a third of the
-time of depthwise convolutions and einsums. Odd sides repeat their last sample.
+and layer on [re | im]. On a CPU a batch goes through in slices that stay in its cache. All of it takes 0.35 to 0.45
+of the time of depthwise convolutions and einsums. Odd sides repeat their last sample.
 """
 
 from __future__ import annotations
