@@ -31,6 +31,11 @@ def test_linear_is_the_linear_map_of_torch(shape, bias):
         torch.testing.assert_close(actual, wanted)
 
 
+def test_an_evaluated_layer_whose_input_wants_a_gradient_rounds_as_torch_does():
+    layer, x = Linear(256, 64).eval(), torch.randn(2, 49, 256, requires_grad=True)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_linear_reaches_onednn_whatever_the_threads(threads, request):
