@@ -134,7 +134,8 @@ def apply(weights: Tensor, values: Tensor, height: int, width: int) -> Tensor:
     out = torch.empty_like(values)
     programs, sizes, blocks = _launch(values, height, width)
     if out.numel():
-        _apply_kernel[programs](weights, values, out, *sizes, **blocks)
+        with torch.cuda.device_of(values):
+            _apply_kernel[programs](weights, values, out, *sizes, **blocks)
     return out
 
 
@@ -145,6 +146,7 @@ def backward(grad: Tensor, weights: Tensor, values: Tensor, height: int, width: 
     if values.numel():
         # a window at a border is seen by the positions beyond it too
         most = min(values.shape[3], width + width // 2)
-        _weights_kernel[programs](grad, values, of_weights, *sizes, **blocks)
-        _values_kernel[programs](grad, weights, of_values, *sizes, most=most, **blocks)
+        with torch.cuda.device_of(values):
+            _weights_kernel[programs](grad, values, of_weights, *sizes, **blocks)
+            _values_kernel[programs](grad, weights, of_values, *sizes, most=most, **blocks)
     return of_weights, of_values
