@@ -229,7 +229,7 @@ def test_hooks_see_whole_batches(image_kind, small, monkeypatch):
     expected, seen = model(x), []
     block = next(module for name, module in model.named_modules() if name.endswith("blocks.0"))
     block.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
-    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert seen == [3]
 
 
