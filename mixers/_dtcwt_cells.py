@@ -22,7 +22,7 @@ from ._layers import is_symbolic
 from ._tables import island, left_product, table
 
 # where the bands LH, HL, HH begin among rows and columns (low even, low odd, high even, high odd)
-_BANDS = ((2, 0), (0, 2), (2, 2))
+_BEGIN = ((2, 0), (0, 2), (2, 2))
 # shortest blocks of rows and of columns, in samples, that pay for products of their own
 _ROWS, _COLUMNS = 12, 64
 
@@ -64,13 +64,19 @@ def _windows(bands: Tensor, length: int, rows: int) -> list[tuple[Tensor, int, i
     return [(matrix, start, start + width) for matrix, start in zip(bands, starts, strict=True)]
 
 
+def _several(x: Tensor) -> Tensor:
+    """A single matrix ``(1, L, R)`` as four of a quarter of its columns: MKL gives each thread a product of its own."""
+    return x.unflatten(2, (4, -1)).squeeze(0).transpose(0, 1) if len(x) == 1 and x.shape[2] % 4 == 0 else x
+
+
 def _down(bands: Tensor, x: Tensor) -> Tensor:
     """Analysis of an axis: ``(N, L, R)`` to ``(N, blocks, 4 h / blocks, R)``."""
     if len(bands) == 1:
         return left_product(bands[0], x).unsqueeze(1)
     y = x.new_empty(x.shape[0], *bands.shape[:2], x.shape[2])
     for k, (matrix, first, last) in enumerate(_windows(bands, x.shape[1], bands.shape[1])):
-        torch.bmm(matrix.expand(len(x), -1, -1), x[:, first:last], out=y[:, k])
+        seen = _several(x[:, first:last])
+        torch.bmm(matrix.expand(len(seen), -1, -1), seen, out=_several(y[:, k]))
     return y
 
 
@@ -80,13 +86,26 @@ def _up(bands: Tensor, y: Tensor, length: int) -> Tensor:
         return left_product(bands[0], y[:, 0])
     x = y.new_zeros(y.shape[0], length, y.shape[3])
     for k, (matrix, first, last) in enumerate(_windows(bands, length, bands.shape[2])):
-        x[:, first:last].baddbmm_(matrix.expand(len(y), -1, -1), y[:, k])
+        part = _several(y[:, k])
+        _several(x[:, first:last]).baddbmm_(matrix.expand(len(part), -1, -1), part)
     return x
 
 
-def _cells(y: Tensor) -> list[list[Tensor]]:
-    """The samples a, b, c, d of the cells of each band, of ``y (B, K, 4, h / K, J, 4, w / J, G, D)``."""
-    return [[y[:, :, r + i, :, :, c + j] for i in (0, 1) for j in (0, 1)] for r, c in _BANDS]
+def _corners(y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The samples a, b, c, d of the cells, in LH ``(B, K, h / K, J, w / J, G, D)``, and in HL and HH ``(2, B, ...)``.
+
+    ``y (B, K, 4, h / K, J, 4, w / J, G, D)``, rows and columns by (band, parity).
+    """
+    y = y.unflatten(5, (2, 2)).unflatten(2, (2, 2))  # (B, K, 2, 2, h / K, J, 2, 2, w / J, G, D)
+    low, high = y.unbind(6)  # of the columns
+    lh, hl_hh = low[:, :, 1], high.movedim(2, 0)
+    return [(lh.select(5, j).select(2, i), hl_hh.select(6, j).select(3, i)) for i in (0, 1) for j in (0, 1)]
+
+
+def _bands(z: Tensor, K: int, J: int) -> list[tuple[Tensor, Tensor]]:
+    """Real and imaginary part of z1, then of z2, in shapes and order of `_corners`, of ``z (6, B, h, w, G, 2, D)``."""
+    parts = z.unflatten(3, (J, -1)).unflatten(2, (K, -1)).unflatten(0, (3, 2))
+    return [(both[0], both[1:]) for k in (0, 1) for both in parts.select(1, k).unbind(-2)]
 
 
 def _analyse(x: Tensor, rows: Tensor, columns: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -97,13 +116,11 @@ def _analyse(x: Tensor, rows: Tensor, columns: Tensor, groups: int) -> tuple[Ten
     y = y.reshape(B, K, 4, rows.shape[1] // 4, J, 4, columns.shape[1] // 4, groups, D)
     h, w = K * y.shape[3], J * y.shape[6]
     z = y.new_empty(6, B, h, w, groups, 2, D)
-    parts = z.view(6, B, K, h // K, J, w // J, groups, 2, D)
-    for band, (a, b, c, d) in enumerate(_cells(y)):
-        one, two = parts[2 * band], parts[2 * band + 1]
-        torch.sub(a, d, out=one.select(-2, 0))
-        torch.add(b, c, out=one.select(-2, 1))
-        torch.add(a, d, out=two.select(-2, 0))
-        torch.sub(b, c, out=two.select(-2, 1))
+    for a, b, c, d, real1, imag1, real2, imag2 in zip(*_corners(y), *_bands(z, K, J), strict=True):
+        torch.sub(a, d, out=real1)
+        torch.add(b, c, out=imag1)
+        torch.add(a, d, out=real2)
+        torch.sub(b, c, out=imag2)
     low = y[:, :, :2, :, :, :2].permute(0, 2, 1, 3, 5, 4, 6, 7, 8).reshape(B, 2, h, 2, w, C)
     return low, z
 
@@ -113,9 +130,7 @@ def _synthesise(low: Tensor, z: Tensor, rows: Tensor, columns: Tensor, grid: tup
     K, J, groups, D = len(rows), len(columns), z.shape[4], z.shape[6]
     y = low.new_empty(B, K, 4, h // K, J, 4, w // J, groups, D)
     y[:, :, :2, :, :, :2] = low.view(B, 2, K, h // K, 2, J, w // J, groups, D).permute(0, 2, 1, 3, 5, 4, 6, 7, 8)
-    z = z.reshape(6, B, K, h // K, J, w // J, groups, 2, D)
-    for band, (a, b, c, d) in enumerate(_cells(y)):
-        (p, q), (r, s) = z[2 * band].unbind(-2), z[2 * band + 1].unbind(-2)
+    for a, b, c, d, p, q, r, s in zip(*_corners(y), *_bands(z, K, J), strict=True):
         torch.add(p, r, out=a)
         torch.add(q, s, out=b)
         torch.sub(q, s, out=c)
@@ -188,7 +203,8 @@ def _analyse_symbolic(x: Tensor, rows: Tensor, columns: Tensor, groups: int, bio
     y = _filter(columns, x, biort).reshape(B, H, 4 * w * C)
     y = _filter(rows, y, biort).reshape(B, 1, 4, h, 1, 4, w, groups, C // groups)
     z = []
-    for a, b, c, d in _cells(y):
+    for r, c in _BEGIN:
+        a, b, c, d = (y[:, 0, r + i, :, 0, c + j] for i in (0, 1) for j in (0, 1))
         z += [torch.stack([a - d, b + c], -2), torch.stack([a + d, b - c], -2)]
     low = y[:, 0, :2, :, 0, :2].reshape(B, 2, h, 2, w, C)
     return low, torch.stack(z).reshape(6, B, h, w, groups, 2, C // groups)
@@ -197,7 +213,7 @@ def _analyse_symbolic(x: Tensor, rows: Tensor, columns: Tensor, groups: int, bio
 def _synthesise_symbolic(low: Tensor, z: Tensor, rows: Tensor, columns: Tensor, biort: str) -> Tensor:
     B, _, h, _, w, C = low.shape
     quarters = {(0, 0): low}
-    for band, corner in enumerate(_BANDS):
+    for band, corner in enumerate(_BEGIN):
         (p, q), (r, s) = z[2 * band].unbind(-2), z[2 * band + 1].unbind(-2)
         cells = [torch.stack([p + r, q + s], 2), torch.stack([q - s, r - p], 2)]  # (B, h, 2, w, G, D)
         quarters[corner] = torch.stack(cells, 1).flatten(-2)  # (B, 2, h, 2, w, C)

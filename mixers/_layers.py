@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as _module
 from torch.utils.flop_counter import register_flop_formula
 
@@ -21,6 +22,14 @@ from torch.utils.flop_counter import register_flop_formula
 def is_symbolic(x: Tensor) -> bool:
     """Whether ``x`` stands for any tensor, in a graph being captured, so that Python must not branch on its shape."""
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def recorded_on_cpu(x: Tensor) -> bool:
+    """Whether autograd records what happens to ``x`` on a CPU, as it stands: no capture, autocast or transform does."""
+    if is_symbolic(x) or not x.is_cpu or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return not transformed and x.dtype in (torch.float32, torch.float64)
 
 
 def observed(module: nn.Module) -> bool:
@@ -197,6 +206,17 @@ class StarReLU(nn.Module):
             return scale * torch.relu(x).square() + bias
         else:
             return _StarReLUFunction.apply(x, scale, bias)
+
+
+class InplaceSiLU(nn.Module):
+    """x sigmoid(x), in place while no gradients are recorded; otherwise autograd would copy x before."""
+
+    def __init__(self, inplace: bool = True):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=self.inplace and not torch.is_grad_enabled())
 
 
 class SquaredReLU(nn.Module):

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import ConvNormAct, calculate_drop_path_rates
 from timm.models._efficientnet_blocks import InvertedResidual
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor
 
 from ..mixers import TOKEN_MIXERS
-from ..mixers._layers import make_norm
+from ..mixers._layers import InplaceSiLU, make_norm
+from ..mixers._norm_act_conv import norm_act_conv
 from ..mixers._registry import specs_per_block
 from ._hierarchical import HierarchicalBackbone
 from ._image import ClassifierHead, init_linear
@@ -35,15 +35,13 @@ from .block import ResidualBranch
 _NORM_EPS = 1e-5
 
 
-class InplaceSiLU(nn.Module):
-    """x sigmoid(x), in place while no gradients are recorded; otherwise autograd would copy x before."""
-
-    def __init__(self, inplace: bool = True):
-        super().__init__()
-        self.inplace = inplace
+class LeanInvertedResidual(InvertedResidual):
+    """timm's inverted residual, whose wide maps are neither kept nor paged in for training on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x, inplace=self.inplace and not torch.is_grad_enabled())
+        y = norm_act_conv(self.conv_pw(x), self.bn1, self.conv_dw)
+        y = self.bn3(norm_act_conv(y, self.bn2, self.conv_pwl))
+        return x + self.drop_path(y) if self.has_skip else y
 
 
 class AFFStem(nn.Module):
@@ -97,7 +95,7 @@ class AFFMixingBlock(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        local = InvertedResidual(dim, dim, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
+        local = LeanInvertedResidual(dim, dim, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
         first, second = (make_norm("group", dim, eps=_NORM_EPS, **dd) for _ in range(2))
         token = TOKEN_MIXERS.create(token_mixer, dim, grid_size=grid_size, **dd)
         self.branch = ResidualBranch(first, LocalThenMix(local, second, token), drop_path=drop_path)
@@ -258,7 +256,9 @@ class AFFNet(HierarchicalBackbone):
 
         def inverted(i: int, stride: int, first: bool = True) -> nn.Module:
             entry = (16, *widths)[i] if first else widths[i]
-            return InvertedResidual(entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
+            return LeanInvertedResidual(
+                entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=InplaceSiLU, **dd
+            )
 
         stages = [
             AFFStage([inverted(i, 1 + i), *(inverted(i, 1, first=False) for _ in range(conv_depths[i] - 1))])
