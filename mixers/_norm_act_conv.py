@@ -127,8 +127,12 @@ def norm_act_conv(x: Tensor, norm: BatchNormAct2d, conv: nn.Conv2d) -> Tensor:
 def _is_slow(x: Tensor, norm: BatchNormAct2d, conv: nn.Conv2d) -> bool:
     if not recorded_on_cpu(x) or x.numel() < LARGE or not x.is_contiguous(memory_format=torch.channels_last):
         return False
+    if type(norm) is not BatchNormAct2d or type(conv) is not nn.Conv2d or type(norm.act) not in _ACTIVATIONS:
+        return False
     if not is_plain((norm, norm.drop, norm.act, conv), (BatchNormAct2d, nn.Identity, nn.Conv2d, *_ACTIVATIONS)):
         return False
     if not norm.training or not norm.affine or norm.running_mean is None or norm.momentum is None:
         return False
-    return x.dtype == norm.weight.dtype == conv.weight.dtype and type(norm.act) in _ACTIVATIONS
+    if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        return False
+    return x.dtype == norm.weight.dtype == conv.weight.dtype

@@ -36,7 +36,9 @@ _NORM_EPS = 1e-5
 
 
 class LeanInvertedResidual(InvertedResidual):
-    """timm's inverted residual, whose wide maps are neither kept nor paged in for training on a CPU."""
+    """timm's inverted residual; in training on a CPU one of three wide maps is kept, see `norm_act_conv`."""
+
+    folds = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
 
     def forward(self, x: Tensor) -> Tensor:
         y = norm_act_conv(self.conv_pw(x), self.bn1, self.conv_dw)

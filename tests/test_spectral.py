@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 import mixzoo
 from mixzoo import weights
-from mixzoo.mixers import _dtcwt
+from mixzoo.mixers import _dtcwt, _dtcwt_cells
 from mixzoo.mixers._dtcwt_cells import _blocks
 
 GRIDS = {1: ((9,), (8,), (1,)), 2: ((5, 7), (8, 12), (1, 6), (7, 1), (2, 2), (36, 5)), 3: ((3, 5, 4),)}
 RANKED = [(rank, grid) for rank, grids in GRIDS.items() for grid in grids]
-# 28 rows are cut into blocks, 24 too, and 26 are not; 128 columns are
 CELLS = ((28, 6), (24, 9), (26, 4), (7, 9), (3, 1), (2, 6), (3, 128))
 
 
@@ -148,6 +147,15 @@ def test_slices_of_a_batch_change_nothing(monkeypatch):
 
 def test_long_axes_are_cut_into_blocks():
     assert [_blocks(half, 12) for half in (28, 14, 13, 12, 7, 2, 1)] == [4, 2, 1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("grid", [(56, 3), (28, 6), (26, 64), (27, 33)])
+def test_blocks_change_nothing(grid, batch, monkeypatch):
+    mixer, x = build("scattering", grid, num_blocks=2), maps(grid, batch=batch)
+    monkeypatch.setattr(_dtcwt_cells, "_ROWS", 12)
+    monkeypatch.setattr(_dtcwt_cells, "_COLUMNS", 16)
+    assert_twins(mixer, lambda x: naive_scattering(mixer, x), x)
 
 
 @pytest.mark.parametrize("biort", _dtcwt.BIORT)
