@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layers import is_symbolic
+from ._layers import is_symbolic, recorded_on_cpu
 
 _CONVS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
 # columns of a kernel whose gradient oneDNN has a depthwise routine for, and columns of zeros beside dilated kernels
@@ -124,9 +124,7 @@ class _DepthwiseConv(torch.autograd.Function):
 
 def _has_slow_gradients(x: Tensor, weight: Tensor, padding: Sequence[int], dilation: Sequence[int]) -> bool:
     """Whether `_DepthwiseConv` has the gradients of this convolution sooner."""
-    if not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
-        return False
-    if not weight.requires_grad or not torch.is_grad_enabled():
+    if not recorded_on_cpu(x) or not weight.requires_grad or not x.dtype == weight.dtype == torch.float32:
         return False
     return weight.shape[-1] > _COLUMNS if max(dilation) == 1 else _keeps_grid(weight, padding, dilation)
 

@@ -7,8 +7,8 @@ half of the even sides. Coefficients are sqrt 2 times those of `_dtcwt`, and the
 
 Each axis is one product with a dense matrix, the columns first. Rows of the matrix are sorted by (band, parity), so
 that the samples a, b, c, d of the cells are slices. On a CPU a long axis is cut into equal blocks, each a smaller
-product with the samples that its filters reach. Shorter blocks than these have fewer operations and take longer, and
-so do blocks of columns, whose products are small already. Adjoints have the same form with transposed matrices.
+product with the samples that its filters reach. Shorter blocks than these have fewer multiplications and take longer,
+and so do blocks of columns, whose products are small already. Adjoints have the same form with transposed matrices.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..mixers import TOKEN_MIXERS
 from ..mixers._layers import InplaceSiLU, make_norm
-from ..mixers._norm_act_conv import norm_act_conv
+from ..mixers._norm_silu_conv import norm_silu_conv
 from ..mixers._registry import specs_per_block
 from ._hierarchical import HierarchicalBackbone
 from ._image import ClassifierHead, init_linear
@@ -36,13 +36,16 @@ _NORM_EPS = 1e-5
 
 
 class LeanInvertedResidual(InvertedResidual):
-    """timm's inverted residual; in training on a CPU one of three wide maps is kept, see `norm_act_conv`."""
+    """timm's inverted residual with SiLU; in training on a CPU one of three wide maps is kept, see `norm_silu_conv`."""
 
-    folds = (("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3"))
+    def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, expansion: float, device=None, dtype=None):
+        # its options for other parts in between are left out, since they would be passed over
+        options = {"stride": stride, "exp_ratio": expansion, "act_layer": InplaceSiLU}
+        super().__init__(in_chans, out_chans, **options, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = norm_act_conv(self.conv_pw(x), self.bn1, self.conv_dw)
-        y = self.bn3(norm_act_conv(y, self.bn2, self.conv_pwl))
+        y = norm_silu_conv(self.conv_pw(x), self.bn1, self.conv_dw)
+        y = self.bn3(norm_silu_conv(y, self.bn2, self.conv_pwl))
         return x + self.drop_path(y) if self.has_skip else y
 
 
@@ -97,7 +100,7 @@ class AFFMixingBlock(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        local = LeanInvertedResidual(dim, dim, exp_ratio=expansion, act_layer=InplaceSiLU, **dd)
+        local = LeanInvertedResidual(dim, dim, expansion=expansion, **dd)
         first, second = (make_norm("group", dim, eps=_NORM_EPS, **dd) for _ in range(2))
         token = TOKEN_MIXERS.create(token_mixer, dim, grid_size=grid_size, **dd)
         self.branch = ResidualBranch(first, LocalThenMix(local, second, token), drop_path=drop_path)
@@ -258,9 +261,7 @@ class AFFNet(HierarchicalBackbone):
 
         def inverted(i: int, stride: int, first: bool = True) -> nn.Module:
             entry = (16, *widths)[i] if first else widths[i]
-            return LeanInvertedResidual(
-                entry, widths[i], stride=stride, exp_ratio=expansion, act_layer=InplaceSiLU, **dd
-            )
+            return LeanInvertedResidual(entry, widths[i], stride=stride, expansion=expansion, **dd)
 
         stages = [
             AFFStage([inverted(i, 1 + i), *(inverted(i, 1, first=False) for _ in range(conv_depths[i] - 1))])

@@ -64,7 +64,8 @@ def reparameterize(model: nn.Module, *, inplace: bool = False, norms: bool = Tru
 
 
 def _pairs(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    return getattr(type(module), "folds", ()) or _OF_TIMM.get(type(module), ())
+    kinds = type(module).__mro__
+    return getattr(kinds[0], "folds", ()) or next((_OF_TIMM[kind] for kind in kinds if kind in _OF_TIMM), ())
 
 
 def _is_affine(norm: nn.Module) -> bool:

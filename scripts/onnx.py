@@ -26,10 +26,12 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from tqdm import tqdm
 
 import mixzoo
 from mixzoo.models import example_inputs
 from mixzoo.scripts import _tables
+from mixzoo.scripts._runs import write_atomically
 
 # of the largest value; float32 in another order of additions stays below
 TOLERANCE = 1e-3
@@ -91,13 +93,17 @@ def _model(source: str, img_size: list[int] | None) -> nn.Module:
 
 
 def row(source: str, args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Write the graph of a model to ``path`` and check it; a failure is the row's status."""
+    """Write the graph of a model to ``path`` and check it; a failure is the row's status and leaves what was there."""
     model = _model(source, args.img_size)
     inputs = example_inputs(model, args.batch_size)
     row = {"model": source, "input": " ".join("x".join(map(str, x.shape)) for x in inputs.values())}
+
+    def write(temporary: Path) -> None:
+        row.update(write_graph(model, inputs, temporary, args.dynamic_batch))
+        row["difference"] = difference(model, inputs, temporary)
+
     try:
-        row |= write_graph(model, inputs, path, args.dynamic_batch)
-        row["difference"] = difference(model, inputs, path)
+        write_atomically(path, write)
     except Exception as error:
         # the exporter and the runtime have errors of their own, of any class
         return row | {"status": f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
@@ -160,8 +166,9 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         sources = _check(args)
-        with tempfile.TemporaryDirectory() as folder:
-            rows = [row(source, args, args.output or Path(folder) / "graph.onnx") for source in sources]
+        bar = tqdm(sources, unit="model", file=sys.stderr, delay=2, leave=False, disable=None)
+        with tempfile.TemporaryDirectory() as folder, bar:
+            rows = [row(source, args, args.output or Path(folder) / "graph.onnx") for source in bar]
     except (ValueError, TypeError, OSError) as error:
         parser.error(str(error))
     print(_tables.RENDER[args.format](COLUMNS, rows))

@@ -164,7 +164,7 @@ def interpret() -> Callable[[str], None]:
     """
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("this is the interpreter")
+        pytest.skip("these tests run in Triton's interpreter already")
 
     def run(path: str) -> None:
         command = [sys.executable, "-m", "pytest", "-q", path, "-k", "triton"]

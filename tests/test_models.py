@@ -229,7 +229,7 @@ def test_hooks_see_whole_batches(image_kind, small, monkeypatch):
     expected, seen = model(x), []
     block = next(module for name, module in model.named_modules() if name.endswith("blocks.0"))
     block.register_forward_hook(lambda module, args, output: seen.append(output.shape[0]))
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(x), expected)
     assert seen == [3]
 
 
@@ -275,10 +275,8 @@ def test_every_operator_is_counted(model_name, small):
     assert not mixzoo.complexity(model).uncounted
 
 
-@pytest.mark.parametrize("mixer", mixzoo.list_mixers())
+@pytest.mark.parametrize("mixer", [name for name, entry in mixzoo.list_mixers().items() if 2 in entry.ranks])
 def test_every_mixer_plugs_into_the_open_backbone(mixer, small, tmp_path):
-    if 2 not in mixzoo.list_mixers()[mixer].ranks:
-        pytest.skip(f"{mixer} does not mix images")
     for spec in (mixer, (mixer, {}), ["identity", mixer, (mixer, {}), [mixer]]):
         model = small("metaformer_s12", num_classes=5, token_mixer=spec)
         x = images(model.img_size)

@@ -80,6 +80,19 @@ def test_a_failure_is_a_row(small, monkeypatch, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)[0]["status"] == "failed: RuntimeError: no such operator"
 
 
+def test_a_failure_leaves_the_file_that_was_there(monkeypatch, tmp_path, capsys):
+    def fail(_model, _inputs, path, _dynamic):
+        path.write_bytes(b"half")
+        raise RuntimeError("disk full")
+
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(onnx, "write_graph", fail)
+    assert onnx.main(["isoformer_ti16", "--img-size", "32", "--output", str(path), "--overwrite"]) == 1
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

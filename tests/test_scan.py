@@ -176,7 +176,7 @@ def test_triton_in_its_interpreter(interpret):
     interpret(__file__)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="nothing is compiled")
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter compiles nothing")
 @pytest.mark.parametrize("name", ["_forward_kernel", "_backward_kernel"])
 def test_a_thread_has_all_steps_of_a_tile(name):
     pytest.importorskip("triton")
