@@ -14,6 +14,12 @@ def real_blocks(weight: Tensor) -> Tensor:
     return torch.cat([torch.cat([real, imag], -1), torch.cat([-imag, real], -1)], -2)
 
 
+def times_i(z: Tensor) -> Tensor:
+    """i z of complex numbers ``(2, ...)``."""
+    real, imag = z
+    return torch.stack([-imag, real])
+
+
 def real_bias(bias: Tensor) -> Tensor:
     """Complex vectors ``(2, G, O)`` as ``(G, 1, 2 O)``."""
     return torch.cat([bias[0], bias[1]], -1).unsqueeze(1)

@@ -24,12 +24,24 @@ def is_symbolic(x: Tensor) -> bool:
     return isinstance(x, torch.fx.Proxy) or torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
-def recorded_on_cpu(x: Tensor) -> bool:
-    """Whether autograd records what happens to ``x`` on a CPU, as it stands: no capture, autocast or transform does."""
-    if is_symbolic(x) or not x.is_cpu or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+def is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether operations on ``x`` run on a CPU as they stand: no capture, autocast or transform changes them."""
+    if is_symbolic(x) or not x.is_cpu or torch.is_autocast_enabled("cpu"):
         return False
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     return not transformed and x.dtype in (torch.float32, torch.float64)
+
+
+def recorded_on_cpu(x: Tensor) -> bool:
+    """Whether autograd records operations on ``x`` that run as they stand, see `is_eager_on_cpu`."""
+    return torch.is_grad_enabled() and is_eager_on_cpu(x)
+
+
+def gradients_with_graph(y: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
+    """Gradients of those inputs that ask for one, to be differentiated again."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
+    return [found.get(id(t)) for t in inputs]
 
 
 def observed(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor
 
-from ._layers import InplaceSiLU, is_plain, recorded_on_cpu, samples_at_once
+from ._layers import InplaceSiLU, gradients_with_graph, is_plain, recorded_on_cpu, samples_at_once
 
 # elements from which maps are large
 LARGE = 2**22
@@ -61,9 +61,7 @@ def _differentiable(ctx, grad: Tensor, inputs: list[Tensor | None], *_: Any) -> 
     x, gamma, beta, weight, bias = inputs
     n = F.batch_norm(x, None, None, gamma, beta, training=True, eps=ctx.eps)
     y = F.conv2d(F.silu(n), weight, bias, *ctx.options)
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = dict(zip(map(id, wanted), torch.autograd.grad(y, wanted, grad, create_graph=True), strict=True))
-    return [found.get(id(t)) for t in inputs]
+    return gradients_with_graph(y, inputs, grad)
 
 
 def _gradients(ctx, grad: Tensor, inputs: list[Tensor | None], mean: Tensor, rstd: Tensor) -> list[Tensor | None]:

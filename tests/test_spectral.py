@@ -138,11 +138,30 @@ def test_scattering(grid, form, biort):
     assert_twins(mixer, lambda x: naive_scattering(mixer, x), maps(grid))
 
 
-def test_slices_of_a_batch_change_nothing(monkeypatch):
-    mixer, x = build("scattering", (6, 4)), maps((6, 4), batch=5)
-    whole = mixer(x)
+@pytest.mark.parametrize("form", ["channel", "channel_token"])
+def test_slices_of_a_batch_change_nothing(form, monkeypatch):
+    mixer, x = build("scattering", (6, 4), form=form), maps((6, 4), batch=5)
+    # of two, two and one
     monkeypatch.setattr(mixzoo.mixers._layers, "SLICE_ELEMENTS", 2 * 4 * 6 * 4 * 16)
-    torch.testing.assert_close(mixer(x), whole, rtol=1e-12, atol=1e-12)
+    assert_twins(mixer, lambda x: naive_scattering(mixer, x), x)
+    with torch.no_grad():
+        without = mixer(x)
+    torch.testing.assert_close(without, mixer(x), rtol=0, atol=0)
+
+
+def test_second_derivatives_of_scattering():
+    # with a bias this large no coefficient is near the kink of a rectifier
+    mixer, x = build("scattering", (2, 4), dim=4), maps((2, 4), dim=4, batch=1).requires_grad_()
+    with torch.no_grad():
+        mixer.bias1.copy_(torch.where(mixer.bias1 > 0, 9.0, -9.0))
+    names = ("low_weight", "weight1", "weight2")
+    inputs = x, *(getattr(mixer, name) for name in names)
+
+    def slope(x: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        y = torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), x)
+        return torch.autograd.grad(y.square().sum(), (x, *values), create_graph=True)
+
+    assert torch.autograd.gradcheck(slope, inputs, fast_mode=True)
 
 
 def test_long_axes_are_cut_into_blocks():
@@ -151,8 +170,9 @@ def test_long_axes_are_cut_into_blocks():
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("grid", [(56, 3), (28, 6), (26, 64), (27, 33)])
-def test_blocks_change_nothing(grid, batch, monkeypatch):
-    mixer, x = build("scattering", grid, num_blocks=2), maps(grid, batch=batch)
+@pytest.mark.parametrize("form", ["channel", "channel_token"])
+def test_blocks_change_nothing(form, grid, batch, monkeypatch):
+    mixer, x = build("scattering", grid, form=form, num_blocks=2), maps(grid, batch=batch)
     monkeypatch.setattr(_dtcwt_cells, "_ROWS", 12)
     monkeypatch.setattr(_dtcwt_cells, "_COLUMNS", 16)
     assert_twins(mixer, lambda x: naive_scattering(mixer, x), x)
