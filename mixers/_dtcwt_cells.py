@@ -16,6 +16,8 @@ oneDNN have a third of the multiplications and take as long on 56 samples, for w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,8 @@ from ._tables import left_product, table
 # shortest blocks of rows and of columns, in samples, that pay for products of their own
 _ROWS, _COLUMNS = 56, 64
 
-Pair = tuple[Tensor, Tensor]
+# p and q
+Pair = Sequence[Tensor]
 
 
 def _blocks(half: int, shortest: int) -> int:

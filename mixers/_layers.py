@@ -164,7 +164,17 @@ def by_samples(run: Callable[[Tensor], Tensor], x: Tensor, widest: int) -> Tenso
     """
     if is_symbolic(x) or (size := samples_at_once(x, widest)) >= x.shape[0]:
         return run(x)
-    return torch.cat([run(part) for part in x.tensor_split(-(-x.shape[0] // size))])
+    return torch.cat([run(part) for part in equal_slices(x, size)])
+
+
+def equal_slices(x: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Slices of the batch of at most so many samples, of about the same length.
+
+    One operation, whose gradient is one as well; those of `torch.tensor_split` are padded to the batch and added.
+    """
+    slices = -(-len(x) // size)
+    shorter, more = divmod(len(x), slices)
+    return x.split([shorter + 1] * more + [shorter] * (slices - more))
 
 
 class _StarReLUFunction(torch.autograd.Function):

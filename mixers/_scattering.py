@@ -14,13 +14,14 @@ took as long as the products. For the backward pass the filtered maps, u1 and u2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._dtcwt_cells import Cells, FilterBank, Pair, analyse, synthesise
-from ._layers import gradients_with_graph, is_eager_on_cpu, samples_at_once
+from ._layers import equal_slices, gradients_with_graph, is_eager_on_cpu, samples_at_once
 from ._tables import island
 
 # what multiplies p, what multiplies q, and what is added to p
@@ -120,13 +121,21 @@ def _rectify_backward(u: Tensor, grads: Tensor, buffer: Tensor) -> None:
 
 
 class _Pairs:
-    """p and q in one tensor ``(2, batch, ...)``, and in those parts that layers take one by one."""
+    """Memory ``(2, elements)`` of p and q, and the pairs of matrices ``(batch, ...)`` that layers take one by one.
 
-    def __init__(self, both: Tensor, left: bool = False):
+    They are contiguous, because `torch.bmm` writes others one matrix at a time.
+    """
+
+    def __init__(self, both: Tensor, shapes: Sequence[Sequence[int]]):
         self.both = both
-        # from the right: the bands HL and HH, and LH, as in `Cells.matrices`
-        parts = [both] if left else both.tensor_split((2 * both.shape[2] // 3,), 2)
-        self.parts: list[Pair] = [part.unbind() for part in parts]
+        parts = both.split([math.prod(shape) for shape in shapes], 1)
+        self.parts: list[Pair] = [[t.view(shape) for t in part] for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _copy(sources: list[Pair], targets: list[Pair]) -> None:
+    for pair, into in zip(sources, targets, strict=True):
+        for part, out in zip(pair, into, strict=True):
+            out.copy_(part)
 
 
 def _pass(ins: list[Pair], layers: Sequence[Layer], u: _Pairs, st: _Pairs, outs: list[Pair], left: bool) -> None:
@@ -146,7 +155,7 @@ def _pass_backward(
     sums: Sequence[Layer],
     left: bool,
 ) -> None:
-    """Gradients of `_pass`, ``grads`` to ``outs``, which may be the second buffer, or the same if that is not."""
+    """Gradients of `_pass`, of its output to those of its input, both of which may be in the second buffer."""
     st, buffer = buffers
     _sum_and_difference(u.both, st.both)
     _linear_backward(st.parts, layers[1], grads, st.parts, sums[1], left)
@@ -158,58 +167,63 @@ class _Slice:
     """Passes over ``batch`` samples like those of ``x``, with their buffers."""
 
     def __init__(self, x: Tensor, batch: int, low: Tensor, layers: Sequence[Layer], biort: str):
-        h, _, w, _, groups, D = low.shape
+        groups = low.shape[4]
         self._like = x
         self._bank = FilterBank(x, batch, groups, biort)
-        self._copies = batch * self._bank.shape[2]
-        self._low = low.unflatten(0, (self._bank.shape[2], -1)).permute(0, 5, 2, 1, 3, 4, 6).contiguous()
+        _, _, K, _, _, _, hk, w, _, D = self._bank.shape
+        self._low = low.unflatten(0, (K, hk)).permute(0, 5, 2, 1, 3, 4, 6).contiguous()  # as one sample of `Cells.low`
+        self._copies = batch * K
         self._layers = [[t.repeat(self._copies, 1, 1) for t in layer] for layer in layers[:2]] + list(layers[2:])
-        self._shape = 2, self._copies * groups, 3 * h * w // self._bank.shape[2], 2 * D
-        self._turned_shape = (2, h, 2 * w, 3 * batch * groups * D) if layers[2:] else None
+        # from the right: the bands HL and HH, and LH, as in `Cells.matrices`
+        self._shapes = [(self._copies * groups, bands * hk * w, 2 * D) for bands in (2, 1)]
+        # from the left
+        self._turned_shapes = [(K * hk, 2 * w, 3 * batch * groups * D)]
         self._cells = Cells(x.new_empty(self._bank.shape))
-        self._buffers = self._pairs(), self._pairs()
-        self._turned_buffers = (self._turned_pairs(), self._turned_pairs()) if layers[2:] else ()
+        self._turns = len(layers) > 2
+        self._buffers = tuple(self._pairs(self._memory()) for _ in range(2))
+        self._turned_buffers = tuple(self._turned_pairs(self._memory()) for _ in range(2 * self._turns))
 
-    def _pairs(self) -> _Pairs:
-        """p and q for layers from the right, ``(2, B K G, positions, 2 D)``."""
-        return _Pairs(self._like.new_empty(self._shape))
+    def _memory(self) -> Tensor:
+        return self._like.new_empty(2, sum(map(math.prod, self._shapes)))
 
-    def _turned_pairs(self) -> _Pairs:
-        """p and q for layers from the left, ``(2, h, 2 w, all else)``."""
-        return _Pairs(self._like.new_empty(self._turned_shape), left=True)
+    def _pairs(self, memory: Tensor) -> _Pairs:
+        return _Pairs(memory, self._shapes)
 
-    def _turned_parts(self, turned: _Pairs) -> list[Pair]:
-        """Views as in `Cells.parts`."""
-        _, batch, K, groups, _, _, hk, w, _, D = self._bank.shape
-        grouped = turned.both.view(2, K, hk, w, 2, 3, batch, groups, D).permute(0, 6, 1, 7, 5, 2, 3, 4, 8)
-        return [part.unbind() for part in grouped.tensor_split((2,), 4)]
+    def _turned_pairs(self, memory: Tensor) -> _Pairs:
+        return _Pairs(memory, self._turned_shapes)
 
     def _as_parts(self, pairs: _Pairs) -> list[Pair]:
+        """Views as in `Cells.parts`."""
         _, batch, K, groups, _, _, hk, w, _, D = self._bank.shape
-        return [[p.view(batch, K, groups, -1, hk, w, 2, D) for p in pair] for pair in pairs.parts]
+        return [[t.view(batch, K, groups, -1, hk, w, 2, D) for t in pair] for pair in pairs.parts]
+
+    def _turned_parts(self, pairs: _Pairs) -> list[Pair]:
+        """Views as in `Cells.parts`."""
+        _, batch, K, groups, _, _, hk, w, _, D = self._bank.shape
+        both = pairs.both.view(2, K, hk, w, 2, 3, batch, groups, D).permute(0, 6, 1, 7, 5, 2, 3, 4, 8)
+        return [part.unbind() for part in both.split([2, 1], 4)]
 
     def kept(self) -> list[Tensor]:
         """Fresh memory for what `backward` needs of `forward`: filtered maps, and what was rectified; then turned."""
-        shapes = [self._bank.shape, self._shape] + 2 * [self._turned_shape] * (self._turned_shape is not None)
-        return [self._like.new_empty(shape) for shape in shapes]
+        return [self._like.new_empty(self._bank.shape), *(self._memory() for _ in range(3 if self._turns else 1))]
 
-    def forward(self, x: Tensor, y: Tensor, kept: list[Tensor]) -> None:
-        """Fill ``y`` and ``kept``."""
+    def forward(self, x: Tensor, y: Tensor, kept: list[Tensor], *, again: bool) -> None:
+        """Fill ``y``, and ``kept`` for `backward`; unless it is needed ``again``, that memory serves as buffers too."""
         values, u, *turned = kept
-        cells, u = Cells(values), _Pairs(u)
-        st, out = self._buffers
+        cells, u = Cells(values), self._pairs(u)
+        into, (st, out) = (self._cells, self._buffers) if again else (cells, (self._buffers[0], u))
         self._bank.analyse(x, cells)
-        torch.mul(cells.low, self._low, out=self._cells.low)
+        torch.mul(cells.low, self._low, out=into.low)
+        _pass(cells.matrices, self._layers[:2], u, st, out.parts, False)
         if turned:
-            pq, v = (_Pairs(t, left=True) for t in turned)
+            pq, v = map(self._turned_pairs, turned)
             turned_st, turned_out = self._turned_buffers
-            _pass(cells.matrices, self._layers[:2], u, st, out.parts, False)
             _copy(self._as_parts(out), self._turned_parts(pq))
             _pass(pq.parts, self._layers[2:], v, turned_st, turned_out.parts, True)
-            _copy(self._turned_parts(turned_out), self._cells.parts)
+            _copy(self._turned_parts(turned_out), into.parts)
         else:
-            _pass(cells.matrices, self._layers, u, st, self._cells.matrices, False)
-        self._bank.synthesise(self._cells, y)
+            _copy(out.parts, into.matrices)
+        self._bank.synthesise(into, y)
 
     def zeros(self) -> list[Tensor]:
         """Sums of the gradients of the low weights and of the layers."""
@@ -218,24 +232,25 @@ class _Slice:
     def backward(self, grad: Tensor, dx: Tensor, kept: list[Tensor], sums: list[Tensor]) -> None:
         """Fill ``dx`` and add to ``sums``."""
         values, u, *turned = kept
-        cells, u, grads = Cells(values), _Pairs(u), self._cells
+        cells, u, grads = Cells(values), self._pairs(u), self._cells
         of_low, *of_layers = sums
         of_layers = _layers(of_layers)
         self._bank.analyse(grad, grads, adjoint=True)
         for band, of_band in zip(cells.low, grads.low, strict=True):
             of_low.addcmul_(band, of_band)
         grads.low.mul_(self._low)
-        of_out = grads.matrices
+        of_out, buffer = grads.matrices, self._buffers[1]
         if turned:
-            pq, v = (_Pairs(t, left=True) for t in turned)
-            buffer, of_out = self._turned_buffers[1], self._buffers[1]
-            _copy(grads.parts, self._turned_parts(buffer))
-            ends = buffer.parts, buffer.parts
+            pq, v = map(self._turned_pairs, turned)
+            turned_buffer = self._turned_buffers[1]
+            _copy(grads.parts, self._turned_parts(turned_buffer))
+            ends = turned_buffer.parts, turned_buffer.parts
             _pass_backward(pq.parts, self._layers[2:], v, self._turned_buffers, *ends, of_layers[2:], True)
-            _copy(self._turned_parts(buffer), self._as_parts(of_out))
-            of_out = of_out.parts
-        ends = of_out, grads.matrices
+            _copy(self._turned_parts(turned_buffer), self._as_parts(buffer))
+            of_out = buffer.parts
+        ends = of_out, buffer.parts
         _pass_backward(cells.matrices, self._layers[:2], u, self._buffers, *ends, of_layers[:2], False)
+        _copy(buffer.parts, grads.matrices)
         self._bank.synthesise(grads, dx, adjoint=True)
 
     def gradients(self, sums: list[Tensor]) -> list[Tensor]:
@@ -244,12 +259,6 @@ class _Slice:
         of_low = of_low.permute(0, 3, 2, 4, 5, 1, 6).flatten(0, 1)
         of_right = [t.unflatten(0, (self._copies, -1)).sum(0) for t in of_layers[:6]]
         return [of_low, *of_right, *of_layers[6:]]
-
-
-def _copy(sources: list[Pair], targets: list[Pair]) -> None:
-    for pair, into in zip(sources, targets, strict=True):
-        for part, out in zip(pair, into, strict=True):
-            out.copy_(part)
 
 
 class _Scatter(torch.autograd.Function):
@@ -264,7 +273,7 @@ class _Scatter(torch.autograd.Function):
                 kept.append(run.kept())
             elif len(part) not in buffers:
                 buffers[len(part)] = run.kept()
-            run.forward(part, into, kept[-1] if recorded else buffers[len(part)])
+            run.forward(part, into, kept[-1] if recorded else buffers[len(part)], again=recorded)
         if recorded:
             ctx.biort, ctx.inputs = biort, 2 + len(flat)
             ctx.save_for_backward(x, low, *flat, *(t for of_slice in kept for t in of_slice))
@@ -295,8 +304,7 @@ def _layers(flat: Sequence[Tensor]) -> list[Layer]:
 
 def _parts(x: Tensor) -> tuple[Tensor, ...]:
     """Slices of the batch, whose filtered maps are four times as wide."""
-    size = samples_at_once(x, 4 * x[0].numel())
-    return x.tensor_split(-(-len(x) // size))
+    return equal_slices(x, samples_at_once(x, 4 * x[0].numel()))
 
 
 def _slices(x: Tensor, low: Tensor, flat: Sequence[Tensor], biort: str) -> dict[int, _Slice]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..mixers._layers import is_symbolic, observed
+from ..mixers._layers import equal_slices, is_symbolic, observed
 
 # hidden bytes of one slice: larger than what matrix products need to run at full speed, smaller than a CPU's last cache
 SLICE_BYTES = 8 * 2**20
@@ -43,4 +43,4 @@ def run_sliced(blocks: nn.Sequential, x: Tensor, hidden: int) -> Tensor:
     size = samples_per_slice(x, hidden)
     if size >= x.shape[0] or observed(blocks) or _mixes_batch(blocks):
         return blocks(x)
-    return torch.cat([blocks(part) for part in x.tensor_split(-(-x.shape[0] // size))])
+    return torch.cat([blocks(part) for part in equal_slices(x, size)])

@@ -144,9 +144,11 @@ def test_slices_of_a_batch_change_nothing(form, monkeypatch):
     # of two, two and one
     monkeypatch.setattr(mixzoo.mixers._layers, "SLICE_ELEMENTS", 2 * 4 * 6 * 4 * 16)
     assert_twins(mixer, lambda x: naive_scattering(mixer, x), x)
+    y = mixer(x.requires_grad_())
     with torch.no_grad():
-        without = mixer(x)
-    torch.testing.assert_close(without, mixer(x), rtol=0, atol=0)
+        assert torch.equal(mixer(x), y)
+    once, twice = (torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, twice))
 
 
 def test_second_derivatives_of_scattering():
