@@ -11,7 +11,7 @@ Each axis is one product with a dense matrix. `analyse` and `synthesise` are mad
 device and for graphs. `FilterBank` is for a CPU: products into buffers, which leave p and q as matrices of real and
 imaginary parts side by side. It cuts long axes into equal blocks, each a smaller product with the samples that its
 filters reach. Blocks shorter than these have fewer multiplications still and take longer. Depthwise convolutions of
-oneDNN have a third of the multiplications and take as long on 56 samples, for want of memory bandwidth; on 28 longer.
+oneDNN have a third of the multiplications and wait for memory: they take as long on 56 samples, and longer on 28.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ._counting import count, numel
 from ._dtcwt import first_analysis, first_filters, first_synthesis
 from ._tables import left_product, table
 
-# shortest blocks of rows and of columns, in samples, that pay for products of their own
-_ROWS, _COLUMNS = 56, 64
+# samples of the longest axis that one product takes, and of the shortest blocks of rows and of columns beyond it
+_WHOLE, _ROWS, _COLUMNS = 64, 28, 64
 
 # p and q
 Pair = Sequence[Tensor]
@@ -34,6 +34,8 @@ Pair = Sequence[Tensor]
 
 def _blocks(half: int, shortest: int) -> int:
     """Number of equal blocks of an axis of ``2 half`` samples."""
+    if 2 * half <= _WHOLE:
+        return 1
     return max(k for k in range(1, half + 1) if half % k == 0 and (k == 1 or 2 * half >= k * shortest))
 
 
