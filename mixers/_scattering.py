@@ -281,12 +281,13 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, low, *flat = inputs = ctx.saved_tensors[: ctx.inputs]
+        saved = ctx.saved_tensors
+        x, low, *flat = inputs = saved[: ctx.inputs]
         with island(grad):
             if torch.is_grad_enabled():
                 y = _composed(x, tuple(x.shape[1:3]), low, _layers(flat), ctx.biort)
                 return None, None, *gradients_with_graph(y, inputs, grad)
-            kept = list(ctx.saved_tensors[ctx.inputs :])
+            kept = saved[ctx.inputs :]
             slices = _slices(x, low, flat, ctx.biort)
             sums = {size: run.zeros() for size, run in slices.items()}
             dx = x.new_empty(x.shape)

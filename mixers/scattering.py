@@ -190,30 +190,21 @@ class Scattering(nn.Module):
     def _layers(self, dtype: torch.dtype) -> list[Layer]:
         """What the network does to p and q: q enters as i q and leaves as -i q, and p with twice the bias."""
         root = 0.5**0.5
-        weight1, bias1, weight2, bias2 = (
-            t.to(dtype) for t in (self.weight1 * root, self.bias1, self.weight2, 2 * self.bias2)
-        )
+        weight1, bias1, weight2, bias2 = (t.to(dtype) for t in (self.weight1, self.bias1, self.weight2, self.bias2))
+        weight1 = weight1 * root
         first = real_blocks(weight1), real_blocks(times_i(weight1)), real_bias(bias1)
         if self.form == "channel":
             weight2 = weight2 * root
-            return [first, (real_blocks(weight2), real_blocks(-times_i(weight2)), real_bias(bias2 * root))]
-        between = real_blocks(weight2)
-        weight1, bias1, weight2, bias2 = (
-            t.to(dtype)
-            for t in (
-                self.token_weight1 * 0.5,
-                self.token_bias1,
-                self.token_weight2 * root,
-                self.token_bias2 * 2 * root,
-            )
-        )
-        third, last, turned = (_from_left(t) for t in (weight1, weight2, -times_i(weight2)))
-        places = [bias.permute(1, 2, 0).flatten(1).unsqueeze(2) for bias in (bias1, bias2)]  # (h, 2 w, 1)
+            return [first, (real_blocks(weight2), real_blocks(-times_i(weight2)), real_bias(bias2 * (2 * root)))]
+        tokens = self.token_weight1, self.token_bias1, self.token_weight2, self.token_bias2
+        weight3, bias3, weight4, bias4 = (t.to(dtype) for t in tokens)
+        second, third, weight4 = real_blocks(weight2), _from_left(weight3 * 0.5), weight4 * root
+        bias3, bias4 = (bias.permute(1, 2, 0).flatten(1).unsqueeze(2) for bias in (bias3, bias4 * (2 * root)))
         return [
             first,
-            (between, between, real_bias(2 * self.bias2.to(dtype))),
-            (third, third, places[0]),
-            (last, turned, places[1]),
+            (second, second, real_bias(bias2 * 2)),
+            (third, third, bias3),
+            (_from_left(weight4), _from_left(-times_i(weight4)), bias4),  # biases (h, 2 w, 1)
         ]
 
     def extra_repr(self) -> str:

@@ -272,6 +272,14 @@ def test_autocast_in_the_form_with_a_convolution():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in mixer.parameters())
 
 
+@pytest.mark.parametrize(("form", "scattered"), [("channel", slice(None)), ("channel_token", slice(1, None, 2))])
+def test_scattering_of_narrow_parameters_runs_in_float32(form, scattered):
+    narrow, x = build("scattering", (6, 10), form=form).bfloat16(), maps((6, 10)).bfloat16()
+    y = narrow(x)
+    expected = narrow.float()(x.float()).bfloat16()
+    assert torch.equal(y[..., scattered], expected[..., scattered])
+
+
 @pytest.mark.parametrize("name", ["gfnet_ti", "gfnet_h_ti", "affnet_et", "svt_s", "svt_s_paper"])
 def test_models_train_under_autocast(name, small):
     model = small(name).train()
