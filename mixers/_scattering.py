@@ -7,15 +7,16 @@ layers multiply p by one matrix, q by another, and add a bias to p alone; betwee
 
 and s, t is the next pair. Factors of sqrt 2 and i are in the matrices, which are real and act on [re | im].
 
-On a CPU a batch goes through in slices that stay in its cache, and through buffers that all slices share. There
-every operation but the products runs over contiguous memory; forming z1 and z2, in runs of the channels of a group,
-took as long as the products. For the backward pass the filtered maps, u1 and u2 are kept, and x for higher derivatives.
+On a CPU a batch goes through in slices that stay in its cache, and through buffers that all slices share. There sums
+and rectifications run over contiguous memory; forming z1 and z2, in runs of the channels of a group, took as long as
+the products. For the backward pass the filtered maps, u1 and u2 are kept, and x for higher derivatives.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -207,6 +208,11 @@ class _Slice:
         """Fresh memory for what `backward` needs of `forward`: filtered maps, and what was rectified; then turned."""
         return [self._like.new_empty(self._bank.shape), *(self._memory() for _ in range(3 if self._turns else 1))]
 
+    @cached_property
+    def overwritten(self) -> list[Tensor]:
+        """The same for slices that are not gone back through."""
+        return self.kept()
+
     def forward(self, x: Tensor, y: Tensor, kept: list[Tensor], *, again: bool) -> None:
         """Fill ``y``, and ``kept`` for `backward`; unless it is needed ``again``, that memory serves as buffers too."""
         values, u, *turned = kept
@@ -266,17 +272,15 @@ class _Scatter(torch.autograd.Function):
     def forward(ctx, biort: str, recorded: bool, x: Tensor, low: Tensor, *flat: Tensor) -> Tensor:
         slices = _slices(x, low, flat, biort)
         y = x.new_empty(x.shape)
-        kept, buffers = [], {}
+        kept = []
         for part, into in zip(_parts(x), _parts(y), strict=True):
             run = slices[len(part)]
-            if recorded:
-                kept.append(run.kept())
-            elif len(part) not in buffers:
-                buffers[len(part)] = run.kept()
-            run.forward(part, into, kept[-1] if recorded else buffers[len(part)], again=recorded)
+            of_slice = run.kept() if recorded else run.overwritten
+            run.forward(part, into, of_slice, again=recorded)
+            kept += of_slice
         if recorded:
             ctx.biort, ctx.inputs = biort, 2 + len(flat)
-            ctx.save_for_backward(x, low, *flat, *(t for of_slice in kept for t in of_slice))
+            ctx.save_for_backward(x, low, *flat, *kept)
         return y
 
     @staticmethod
@@ -287,6 +291,7 @@ class _Scatter(torch.autograd.Function):
             if torch.is_grad_enabled():
                 y = _composed(x, tuple(x.shape[1:3]), low, _layers(flat), ctx.biort)
                 return None, None, *gradients_with_graph(y, inputs, grad)
+            grad = grad.contiguous()  # products want the channels side by side
             kept = saved[ctx.inputs :]
             slices = _slices(x, low, flat, ctx.biort)
             sums = {size: run.zeros() for size, run in slices.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ._complex import complex_product, real_bias, real_blocks
 from ._dft import from_spectrum, spectrum
-from ._layers import by_samples, is_symbolic
+from ._layers import by_samples
 from ._registry import register_mixer
 from ._tables import island, widen
 
@@ -89,8 +89,7 @@ class AdaptiveFrequencyFilter(nn.Module):
             return by_samples(self._filtered, x, widest=2 * x.shape[1:].numel())
 
     def _filtered(self, x: Tensor) -> Tensor:
-        y = from_spectrum(self._masked(spectrum(widen(x))), x.shape[1:-1]).to(x.dtype)
-        return y.add_(x) if not is_symbolic(x) else y + x
+        return from_spectrum(self._masked(spectrum(widen(x))), x.shape[1:-1]).to(x.dtype).add_(x)
 
     def _masked(self, s: Tensor) -> Tensor:
         """M . S of a spectrum ``(2, B, *bins, C)``."""

@@ -16,7 +16,8 @@ from mixzoo.mixers._dtcwt_cells import _blocks
 
 GRIDS = {1: ((9,), (8,), (1,)), 2: ((5, 7), (8, 12), (1, 6), (7, 1), (2, 2), (36, 5)), 3: ((3, 5, 4),)}
 RANKED = [(rank, grid) for rank, grids in GRIDS.items() for grid in grids]
-CELLS = ((28, 6), (24, 9), (26, 4), (7, 9), (3, 1), (2, 6), (3, 128))
+# 84 rows and 128 columns are cut into blocks
+CELLS = ((28, 6), (24, 9), (26, 4), (7, 9), (3, 1), (2, 6), (3, 128), (84, 3))
 
 
 def build(name: str, grid: tuple[int, ...], dim: int = 16, **options) -> nn.Module:
@@ -141,8 +142,10 @@ def test_scattering(grid, form, biort):
 @pytest.mark.parametrize("form", ["channel", "channel_token"])
 def test_slices_of_a_batch_change_nothing(form, monkeypatch):
     mixer, x = build("scattering", (6, 4), form=form), maps((6, 4), batch=5)
-    # of two, two and one
+    whole = mixer(x)
+    # of two, two and one, or of three and two where half of the channels are scattered
     monkeypatch.setattr(mixzoo.mixers._layers, "SLICE_ELEMENTS", 2 * 4 * 6 * 4 * 16)
+    torch.testing.assert_close(mixer(x), whole, rtol=1e-12, atol=1e-12)
     assert_twins(mixer, lambda x: naive_scattering(mixer, x), x)
     y = mixer(x.requires_grad_())
     with torch.no_grad():
