@@ -76,8 +76,8 @@ class Scattering(nn.Module):
         halves = 2 if form == "channel_token" else 1
         if num_blocks < 1 or dim % (halves * num_blocks):
             raise ValueError(
-                f"form {form!r} needs dim to be a multiple of {halves} num_blocks, which dim={dim} is not for "
-                f"num_blocks={num_blocks}"
+                f"form {form!r} needs num_blocks of at least 1 and dim a multiple of {'2 ' * (halves - 1)}num_blocks; "
+                f"got dim={dim}, num_blocks={num_blocks}"
             )
         self.form = form
         self.num_blocks = num_blocks
